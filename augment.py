@@ -1,0 +1,318 @@
+"""Random views of images, batched on the device, every sample with its own parameters.
+
+All randomness of an epoch is drawn once, on the CPU (`draw`). Everything else here is a pure function of images and
+those draws: the same draws give the same views on every device and in every batch, and a resumed run has no random
+state to restore. Nothing waits for the device: no constant is copied to it and no value is read back.
+
+A training batch goes through `view`, `normalise`, `erase` and `mix`, in this order.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import permutations
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MEAN = (0.507, 0.487, 0.441)
+STD = (0.267, 0.256, 0.276)
+
+GREY = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
+CROP_TRIES = 10
+
+# Columns of the uniforms: which random number decides what about a sample.
+ANGLE = 0
+CROP_AREA = slice(1, 1 + CROP_TRIES)
+CROP_RATIO = slice(CROP_AREA.stop, CROP_AREA.stop + CROP_TRIES)
+TOP, LEFT, HFLIP, VFLIP, *FACTORS, HUE, ERASE, ERASE_ROW, ERASE_COLUMN, MIX_KIND, MIX_ROW, MIX_COLUMN = range(
+    CROP_RATIO.stop, CROP_RATIO.stop + 14
+)
+BRIGHTNESS, CONTRAST, SATURATION = FACTORS
+COLUMNS = MIX_COLUMN + 1
+
+COLOUR_ORDERS = tuple(permutations(range(4)))  # of brightness 0, contrast 1, saturation 2, hue 3
+
+@dataclass(frozen=True)
+class Views:
+    """Options of the views; the defaults are the original's. Raises ValueError where one is out of range."""
+
+    crop_scale: tuple[float, float] = field(
+        default=(0.08, 1.0), metadata={"help": "smallest and largest area of the random crop, as a share of the image"}
+    )
+    crop_ratio: tuple[float, float] = field(
+        default=(3 / 4, 4 / 3), metadata={"help": "smallest and largest width / height of the random crop"}
+    )
+    rotation: float = field(default=45.0, metadata={"help": "largest rotation either way, in degrees"})
+    hflip: float = field(default=0.5, metadata={"help": "probability of a left-right flip, 0 to 1"})
+    vflip: float = field(default=0.5, metadata={"help": "probability of an upside-down flip, 0 to 1"})
+    brightness: float = field(default=0.3, metadata={"help": "b: brightness times a factor in 1 ± b, 0 off"})
+    contrast: float = field(default=0.3, metadata={"help": "c: contrast times a factor in 1 ± c, 0 off"})
+    saturation: float = field(default=0.3, metadata={"help": "s: saturation times a factor in 1 ± s, 0 off"})
+    hue: float = field(default=0.3, metadata={"help": "largest shift of the hue, in turns of its circle, 0 to 0.5"})
+    erase: float = field(default=0.0, metadata={"help": "probability that a square patch is erased (cutout), 0 to 1"})
+    erase_size: float = field(default=0.3, metadata={"help": "side of the erased patch, as a share of the view's side"})
+    mixup: float = field(default=0.0, metadata={"help": "alpha of Mixup's Beta(alpha, alpha), 0 off"})
+    cutmix: float = field(default=0.0, metadata={"help": "alpha of CutMix's Beta(alpha, alpha), 0 off"})
+    mix_probability: float = field(default=1.0, metadata={"help": "share of the samples that are mixed, 0 to 1"})
+
+    def __post_init__(self) -> None:
+        for name in ("crop_scale", "crop_ratio"):
+            limits = getattr(self, name)
+            if len(limits) != 2 or not 0 < limits[0] <= limits[1] < math.inf:
+                raise ValueError(f"{name} must be two positive numbers, smallest first, not {limits}")
+        if self.crop_scale[1] > 1:
+            raise ValueError(f"crop_scale must not exceed 1, the whole image, not {self.crop_scale}")
+        highest = {"rotation": 180, "hue": 0.5}
+        highest |= dict.fromkeys(("hflip", "vflip", "erase", "erase_size", "mix_probability"), 1)
+        highest |= dict.fromkeys(("brightness", "contrast", "saturation", "mixup", "cutmix"), math.inf)
+        for name, high in highest.items():
+            value = getattr(self, name)
+            if not 0 <= value <= high or value == math.inf:
+                allowed = "0 or more" if high == math.inf else f"from 0 to {high}"
+                raise ValueError(f"{name} must be {allowed}, not {value}")
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Everything random about an epoch of n samples."""
+
+    order: Tensor  # int64 (n,): which image each sample shows
+    uniforms: Tensor  # float32 (n, COLUMNS) in [0, 1)
+    mix: Tensor  # float32 (n,) in [0, 1]: share of the sample's own image when mixed; 1 = unmixed
+    colour_orders: list[tuple[int, int, int, int]]  # one a batch, known to the host; see COLOUR_ORDERS
+
+    def to(self, device: torch.device | str) -> "Draws":
+        """The same draws with their tensors on `device`."""
+        return replace(self, order=self.order.to(device), uniforms=self.uniforms.to(device), mix=self.mix.to(device))
+
+
+class ViewParameters(NamedTuple):
+    """What happens to each of B samples: float32 (B,) except the two flips, which are bool (B,)."""
+
+    angle: Tensor  # degrees, anticlockwise positive, about the image's centre
+    top: Tensor  # of the crop, in whole pixels of the rotated image, as are the next three
+    left: Tensor
+    crop_height: Tensor
+    crop_width: Tensor
+    hflip: Tensor
+    vflip: Tensor
+    brightness: Tensor  # factors, 1 = unchanged
+    contrast: Tensor
+    saturation: Tensor
+    hue: Tensor  # shift in turns, -0.5 to 0.5
+
+
+def draw(indices: Tensor, views_per_image: int, batch: int, views: Views, seed: Sequence[int]) -> Draws:
+    """Draw an epoch: `views_per_image` views of each image in `indices` (int64), shuffled, in batches of `batch`.
+
+    `seed` holds non-negative integers, in training (seed, stage, epoch); equal arguments give equal draws, on the CPU.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(np.repeat(indices.cpu().numpy(), views_per_image))
+    n = len(order)
+    uniforms = rng.random((n, COLUMNS), dtype=np.float32)
+    colour_orders = [COLOUR_ORDERS[i] for i in rng.integers(len(COLOUR_ORDERS), size=math.ceil(n / batch))]
+    share = np.ones(n, np.float32)
+    if views.mixup or views.cutmix:
+        alpha = np.where(uniforms[:, MIX_KIND] < _cutmix_odds(views), views.cutmix, views.mixup)
+        share = np.where(rng.random(n) < views.mix_probability, rng.beta(alpha, alpha), 1).astype(np.float32)
+    return Draws(torch.from_numpy(order), torch.from_numpy(uniforms), torch.from_numpy(share), colour_orders)
+
+
+def _cutmix_odds(views: Views) -> float:
+    """Probability that a mixed sample takes CutMix rather than Mixup."""
+    return (views.cutmix > 0) / max(1, (views.cutmix > 0) + (views.mixup > 0))
+
+
+def view_parameters(uniforms: Tensor, height: int, width: int, views: Views) -> ViewParameters:
+    """Turn uniforms (B, COLUMNS) into the parameters of views of images of height × width pixels.
+
+    Distributions as in torchvision's RandomRotation, RandomResizedCrop, RandomHorizontalFlip and ColorJitter.
+    """
+    brightness, contrast, saturation = (
+        _between(max(0.0, 1 - strength), 1 + strength, uniforms[:, column])
+        for strength, column in zip((views.brightness, views.contrast, views.saturation), FACTORS)
+    )
+    return ViewParameters(
+        _between(-views.rotation, views.rotation, uniforms[:, ANGLE]),
+        *_crop(uniforms, height, width, views),
+        uniforms[:, HFLIP] < views.hflip,
+        uniforms[:, VFLIP] < views.vflip,
+        brightness,
+        contrast,
+        saturation,
+        _between(-views.hue, views.hue, uniforms[:, HUE]),
+    )
+
+
+def _between(low: float, high: float, uniform: Tensor) -> Tensor:
+    return uniform * (high - low) + low
+
+
+def _crop(uniforms: Tensor, height: int, width: int, views: Views) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Top, left, height and width of the crops, as RandomResizedCrop.get_params draws them.
+
+    Of ten tries at an area and a ratio the first that fits counts; if none does, it is the largest central crop
+    of an allowed ratio.
+    """
+    area = _between(*views.crop_scale, uniforms[:, CROP_AREA]) * (height * width)
+    low, high = views.crop_ratio
+    ratio = torch.exp(_between(math.log(low), math.log(high), uniforms[:, CROP_RATIO]))
+    widths, heights = torch.sqrt(area * ratio).round_(), torch.sqrt(area / ratio).round_()
+    fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)
+    first = (fits * torch.arange(CROP_TRIES, 0, -1, device=fits.device)).argmax(dim=1, keepdim=True)
+    found = fits.any(dim=1)
+
+    ratio = min(max(width / height, low), high)
+    fallback_width, fallback_height = min(width, round(height * ratio)), min(height, round(width / ratio))
+    crop_width = torch.where(found, widths.gather(1, first)[:, 0], fallback_width)
+    crop_height = torch.where(found, heights.gather(1, first)[:, 0], fallback_height)
+    top = torch.where(found, uniforms[:, TOP] * (height - crop_height + 1), (height - fallback_height) // 2).floor_()
+    left = torch.where(found, uniforms[:, LEFT] * (width - crop_width + 1), (width - fallback_width) // 2).floor_()
+    return top, left, crop_height, crop_width
+
+
+@torch.no_grad()
+def view(images: Tensor, uniforms: Tensor, colour_order: Sequence[int], size: int, views: Views) -> Tensor:
+    """Random views of uint8 images (B, 3, H, W): float32 (B, 3, size, size) in [0, 1].
+
+    Rotation about the centre with black outside, crop and both flips in one bilinear sampling without antialiasing;
+    then brightness, contrast, saturation and hue in `colour_order`. `uniforms` are (B, COLUMNS).
+    """
+    p = view_parameters(uniforms, *images.shape[-2:], views)
+    x = _sample(images, p, size, rotated=views.rotation > 0)
+    operations = (
+        (_adjust_brightness, views.brightness, p.brightness),
+        (_adjust_contrast, views.contrast, p.contrast),
+        (_adjust_saturation, views.saturation, p.saturation),
+        (_adjust_hue, views.hue, p.hue),
+    )
+    for operation, strength, parameter in (operations[i] for i in colour_order):
+        if strength:
+            x = operation(x, parameter.view(-1, 1, 1, 1))
+    return x
+
+
+def _sample(images: Tensor, p: ViewParameters, size: int, rotated: bool) -> Tensor:
+    """Rotation, crop and flips as one sampling of uint8 images at an affine grid: (B, 3, size, size) in [0, 1]."""
+    height, width = images.shape[-2:]
+    centres = (torch.arange(size, device=images.device) * 2 + 1) / size - 1  # of the view's pixels, in -1 to 1
+    columns = _along(p.left, p.crop_width, p.hflip, centres, width)[:, None, None, :]
+    rows = _along(p.top, p.crop_height, p.vflip, centres, height)[:, None, :, None]
+    # Written out, because affine_grid multiplies matrices, which a GPU may be set to do in reduced precision.
+    angle = torch.deg2rad(p.angle)
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    along_columns = torch.stack((cos / width, sin / height), 1)[:, :, None, None]
+    along_rows = torch.stack((-sin / width, cos / height), 1)[:, :, None, None]
+    grid = columns * along_columns + rows * along_rows  # x and y, (B, 2, size, size), the image being -1 to 1
+    x = F.grid_sample(images.float(), grid.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
+    if not rotated:
+        return x.mul_(1 / 255)
+    # Black outside. Padding with zeros instead would darken the outermost pixels of unrotated images.
+    far_x, far_y = grid.abs_().unbind(1)
+    return x.mul_(torch.maximum(far_x, far_y).le_(1).mul_(1 / 255)[:, None])
+
+
+def _along(start: Tensor, length: Tensor, flip: Tensor, centres: Tensor, side: int) -> Tensor:
+    """Where a view's pixels lie along one side of the image: half pixels from its middle, (B, s)."""
+    return torch.where(flip, -length, length)[:, None] * centres + (2 * start + length - side)[:, None]
+
+
+def _grey(x: Tensor) -> Tensor:
+    """Grey values (B, 1, H, W) of (B, 3, H, W)."""
+    red, green, blue = GREY
+    return (x[:, :1] * red).add_(x[:, 1:2], alpha=green).add_(x[:, 2:], alpha=blue)
+
+
+def _adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
+    return (x * factor).clamp_(0, 1)
+
+
+def _adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the image's own mean grey."""
+    mean = _grey(x).mean(dim=(1, 2, 3), keepdim=True)
+    return torch.addcmul(mean * (1 - factor), x, factor).clamp_(0, 1)
+
+
+def _adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the pixel's own grey."""
+    return torch.addcmul(_grey(x).mul_(1 - factor), x, factor).clamp_(0, 1)
+
+
+def _adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue in HSV, value and saturation kept, without branches.
+
+    With V the largest channel and C the chroma (largest less smallest), the angle between a pixel's hue and red is
+    (C + G + B - R - min) / C sixths of a turn, on the side of green where G > B. Back again, a channel is
+    V - C · clamp(d - 1, 0, 1) where d is the distance, in sixths of a turn, between the hue and that channel's.
+    """
+    red, green, blue = x.unbind(1)
+    value = torch.maximum(red, green).maximum(blue)
+    low = torch.minimum(red, green).minimum(blue)
+    sixths = (green + blue).sub_(red).add_(value).sub_(low, alpha=2).copysign_(green - blue)
+    chroma = (value - low).clamp_(min=1e-8)  # a grey pixel has any hue, but no NaN
+    hue = torch.addcdiv(shift[:, 0] + 1, sixths, chroma, value=1 / 6).frac_()  # turns, 0 = red
+
+    def distance(turns: float) -> Tensor:
+        return (hue - turns).abs_().clamp_(1 / 6, 1 / 3)
+
+    # d - 1 clamped to 0 … 1 is d clamped to 1 … 2, less 1: that 1 goes into the first summand.
+    # Red lies at both ends of the scale, so its distance is half a turn less that to its opposite.
+    high = value + chroma
+    red = torch.addcmul(value.sub_(chroma, alpha=2), distance(1 / 2), chroma, value=6)
+    green = torch.addcmul(high, distance(1 / 3), chroma, value=-6)
+    blue = torch.addcmul(high, distance(2 / 3), chroma, value=-6)
+    return torch.stack((red, green, blue), 1)
+
+
+@torch.no_grad()
+def normalise(x: Tensor, inplace: bool = False) -> Tensor:
+    """Float images (B, 3, H, W) in [0, 1] less the training images' mean, over their standard deviation, a channel."""
+    x = x if inplace else x.clone()
+    for channel, mean, std in zip(x.unbind(1), MEAN, STD):
+        channel.sub_(mean).mul_(1 / std)
+    return x
+
+
+def _square(row: Tensor, column: Tensor, side: int | Tensor, size: int) -> Tensor:
+    """Which pixels lie in a square of `side` pixels, an int or (B, 1): bool (B, 1, size, size).
+
+    Its centre is a uniformly chosen pixel, from uniforms `row` and `column` (B,); it may hang over the edge.
+    """
+    pixels = torch.arange(size, device=row.device)
+    rows, columns = (pixels - (centre[:, None] * size).floor_() + side // 2 for centre in (row, column))
+    rows, columns = (rows >= 0) & (rows < side), (columns >= 0) & (columns < side)
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+
+@torch.no_grad()
+def erase(x: Tensor, uniforms: Tensor, views: Views) -> Tensor:
+    """Normalised views (B, 3, s, s), a square patch of some set to 0, the mean (cutout, arXiv 1708.04552)."""
+    if not views.erase:
+        return x
+    size = x.shape[-1]
+    patch = _square(uniforms[:, ERASE_ROW], uniforms[:, ERASE_COLUMN], round(views.erase_size * size), size)
+    return x.masked_fill(patch & (uniforms[:, ERASE] < views.erase).view(-1, 1, 1, 1), 0)
+
+
+@torch.no_grad()
+def mix(x: Tensor, labels: Tensor, lam: Tensor, uniforms: Tensor, views: Views) -> tuple[Tensor, Tensor, Tensor]:
+    """Mix each of the views (B, 3, s, s) with its neighbour in the batch; `lam` (B,) are the batch's `Draws.mix`.
+
+    Returns the mixed views, the neighbours' labels and the share (B,) of each sample's own image in its view, so that
+    the loss is share · loss(labels) + (1 - share) · loss(other labels).
+    Mixup (arXiv 1710.09412) blends; CutMix (arXiv 1905.04899) pastes a box of area 1 - lam, clipped at the edges.
+    """
+    if not (views.mixup or views.cutmix):
+        return x, labels, torch.ones_like(lam)
+    size = x.shape[-1]
+    own = lam.view(-1, 1, 1, 1)
+    if views.cutmix:
+        box = _square(uniforms[:, MIX_ROW], uniforms[:, MIX_COLUMN], ((1 - lam).sqrt() * size).floor_()[:, None], size)
+        cut = uniforms[:, MIX_KIND] < _cutmix_odds(views)
+        own = torch.where(cut.view(-1, 1, 1, 1), 1 - box.float(), own)
+    return torch.lerp(x.roll(1, 0), x, own), labels.roll(1), own.mean(dim=(1, 2, 3))

@@ -1,0 +1,195 @@
+"""STL-10 from its own files: find them, check them, read them, split them.
+
+The files lie in `DIR/stl10_binary/`, as the official archive lays them out (https://cs.stanford.edu/~acoates/stl10).
+Every file is read once and its size and MD5 are checked on the very bytes that are used. What the files should be is an
+argument (`specs`), so that the demo and the tests go through the same code with files of their own.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import random
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from errors import RunError
+from files import make_folder
+
+FOLDER = "stl10_binary"
+FOLDS_FILE = "fold_indices.txt"
+SIDE = 96  # pixels
+IMAGE_BYTES = 3 * SIDE * SIDE
+CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")  # label 1 first
+
+
+class FileSpec(NamedTuple):
+    """What a file must be: its size in bytes and its MD5 in hexadecimal."""
+
+    bytes: int
+    md5: str
+
+
+Specs = Mapping[str, FileSpec]
+
+OFFICIAL: Specs = {
+    "test_X.bin": FileSpec(221_184_000, "7f263ba9f9e0b06b93213547f721ac82"),
+    "test_y.bin": FileSpec(8_000, "36f9794fa4beb8a2c72628de14fa638e"),
+    "train_X.bin": FileSpec(138_240_000, "918c2871b30a85fa023e0c44e0bee87f"),
+    "train_y.bin": FileSpec(5_000, "5a34089d4802c674881badbb80307741"),
+    FOLDS_FILE: FileSpec(47_794, "4bbf8cd098ab9f87fe03fbcb37c06b28"),
+}
+
+
+class MissingFiles(RunError):
+    """Files of the data set are absent (none is damaged), so that fetching them is worth a try."""
+
+
+@dataclass(frozen=True, eq=False)
+class DataSet:
+    """`images` uint8 (N, 3, H, W), rows first; `labels` int64 (N,), from 0; `classes[label]` is a label's name."""
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+
+
+def load(data_dir: Path, split: str, specs: Specs = OFFICIAL, classes: tuple[str, ...] = CLASSES) -> DataSet:
+    """Read the `train` (5,000 images) or `test` (8,000 images) files; no others are touched, nothing is written.
+
+    Raises MissingFiles if one is absent, RunError if one is not what `specs` says or cannot be read.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', not {split!r}")
+    image_file, label_file = (Path(data_dir) / FOLDER / f"{split}_{kind}.bin" for kind in "Xy")
+    _require((image_file, label_file))
+    labels = _labels(label_file, specs[label_file.name], classes)
+    pixels = torch.frombuffer(read_file(image_file, specs[image_file.name]), dtype=torch.uint8)
+    if len(pixels) != len(labels) * IMAGE_BYTES:
+        raise ValueError(f"specs disagree: {len(pixels)} bytes do not hold {len(labels)} images of 3x{SIDE}x{SIDE}")
+    columns_first = pixels.view(-1, 3, SIDE, SIDE)
+    return DataSet(columns_first.transpose(2, 3).contiguous(), labels, classes)
+
+
+def read_file(path: Path, spec: FileSpec) -> bytearray:
+    """The content of `path`, once its size and MD5 are found to be those of `spec`; raises RunError otherwise."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise RunError(f"{path} is not a file: move it away, or name another folder with --data-dir")
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            content = bytearray(spec.bytes if size == spec.bytes else 0)
+            complete = file.readinto(content) == spec.bytes
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}; name another folder with --data-dir") from error
+    way_out = "delete it so that it is fetched again, or name another folder with --data-dir"
+    if not complete:
+        raise RunError(f"{path} has {size:,} bytes, expected {spec.bytes:,}: {way_out}")
+    md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if md5 != spec.md5:
+        raise RunError(f"{path} is damaged or another file (MD5 {md5}, expected {spec.md5}): {way_out}")
+    return content
+
+
+def split_indices(labels: Tensor | Sequence[int], seed: int = 1337, val_fraction: float = 0.2) -> tuple[Tensor, Tensor]:
+    """Stratified split of (N,) labels into (train, val): int64 indices, ascending; 400 + 100 a class on STL-10.
+
+    The default seed gives the original project's 1,000 validation images. Its rule, kept exactly: the images of a class
+    are called "{index}.bmp", sorted as strings and shuffled by a generator that starts afresh for every class; the
+    first ones train, the rest validate. Each part gets at least one image of every class.
+
+    Raises ValueError for a fraction outside (0, 1) or a class of fewer than two images.
+    """
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction must lie between 0 and 1, not {val_fraction}")
+    members: dict[int, list[int]] = {}
+    for index, label in enumerate(torch.as_tensor(labels).tolist()):
+        members.setdefault(label, []).append(index)
+    train, val = [], []
+    for label, indices in members.items():
+        if len(indices) < 2:
+            raise ValueError(f"class {label} has one image only: a split into train and val needs two")
+        indices.sort(key=lambda index: f"{index}.bmp")
+        random.Random(seed).shuffle(indices)
+        val_count = min(max(round(len(indices) * val_fraction), 1), len(indices) - 1)
+        train += indices[:-val_count]
+        val += indices[-val_count:]
+    return _ascending(train), _ascending(val)
+
+
+def fold_indices(data_dir: Path, fold: int, count: int, specs: Specs = OFFICIAL) -> tuple[Tensor, Tensor]:
+    """Official fold `fold` (0 to 9) of `count` images: (train, val), int64, ascending; 1,000 train, 4,000 validate.
+
+    Raises ValueError for a fold that the file lacks, RunError if the file is missing or not what `specs` says.
+    """
+    path = Path(data_dir) / FOLDER / FOLDS_FILE
+    if _is_absent(path):
+        raise RunError(
+            f"the official folds need {path}, which is missing; it comes last in the archive and is not fetched: "
+            f"unpack it with `tar xzf {FOLDER}.tar.gz {FOLDER}/{FOLDS_FILE}` and put it there"
+        )
+    lines = read_file(path, specs[FOLDS_FILE]).decode("ascii").splitlines()
+    if not 0 <= fold < len(lines):
+        raise ValueError(f"fold must lie between 0 and {len(lines) - 1}, not {fold}")
+    train = {int(index) for index in lines[fold].split()}
+    if not train <= set(range(count)):
+        raise ValueError(f"fold {fold} names images beyond the {count} at hand")
+    return _ascending(train), _ascending(set(range(count)) - train)
+
+
+@contextlib.contextmanager
+def held_for_writing(data_dir: Path) -> Iterator[Path]:
+    """Create `data_dir/stl10_binary/` and yield it; other processes that would fill it wait.
+
+    The system lets go of the folder however the process ends. Raises RunError where it cannot be created or opened.
+    """
+    folder = Path(data_dir) / FOLDER
+    make_folder(folder)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise RunError(f"cannot open {folder}: {error.strerror}; name another folder with --data-dir") from error
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield folder
+    finally:
+        os.close(descriptor)
+
+
+def _require(paths: Iterable[Path]) -> None:
+    absent = [path for path in paths if _is_absent(path)]
+    if absent:
+        names = " and ".join(path.name for path in absent)
+        raise MissingFiles(
+            f"{names} not found in {absent[0].parent}: name the folder that holds {FOLDER}/ with --data-dir, "
+            "or try --demo, which needs no files"
+        )
+
+
+def _is_absent(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False  # it may well be there: reading it tells what is wrong
+    return False
+
+
+def _labels(path: Path, spec: FileSpec, classes: Sequence[str]) -> Tensor:
+    labels = torch.frombuffer(read_file(path, spec), dtype=torch.uint8).long()
+    low, high = labels.min().item(), labels.max().item()
+    if low < 1 or high > len(classes):
+        raise RunError(f"{path} holds labels from {low} to {high}, expected 1 to {len(classes)}: another data set?")
+    return labels - 1
+
+
+def _ascending(indices: Iterable[int]) -> Tensor:
+    return torch.tensor(sorted(indices), dtype=torch.int64)

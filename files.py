@@ -1,0 +1,42 @@
+"""Files that are either whole or not there at all."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from errors import RunError
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; what was written there takes the place of `path` at once, or not at all.
+
+    Raises RunError naming path and cause where the disk is full, the folder read-only or the like.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # or a power cut could leave the new name with none of the content
+        os.replace(temporary, path)
+    except OSError as error:
+        cause = error.strerror or error
+        raise RunError(f"cannot write {path}: {cause}; make room or choose another folder") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file (UTF-8) as a whole. Raises RunError."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents where they are missing. Raises RunError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot create the folder {path}: {error.strerror or error}") from error

@@ -1,0 +1,142 @@
+"""What is trained and how it learns: the network, its running average, the optimiser and the schedule."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import checkpoint
+from augment import Draws, erase, mix, normalise, view
+from engine import Engine
+from losses import LabelSmoothingLoss
+from model import ResNet
+from scheduler import DecayingCosineWarmRestarts
+from settings import Recipe, Stage
+
+
+class EpochResult(NamedTuple):
+    """Of one epoch's steps: losses float32 (steps,), right answers and samples seen. On the host."""
+
+    losses: Tensor
+    hits: int
+    samples: int
+    finite: bool
+
+
+class Learner:
+    """A recipe's network on a device, trained epoch by epoch; `state` and `restore` carry it across interruptions."""
+
+    def __init__(self, recipe: Recipe, classes: int, engine: Engine) -> None:
+        self.recipe, self.engine = recipe, engine
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            self.net = checkpoint.network(recipe, classes)
+        self.net.to(engine.device, memory_format=torch.channels_last)
+        if engine.compile:
+            self.net.compile()
+        self.loss = LabelSmoothingLoss(classes, recipe.label_smoothing, reduction="none")
+        self.average: AveragedModel | None = None
+        self.optimizer: torch.optim.Optimizer
+        self.schedule: LRScheduler
+
+    @property
+    def scored(self) -> nn.Module:
+        """The network that is scored and kept: the average where the recipe keeps one."""
+        return self.net if self.average is None else self.average.module
+
+    def begin(self, stage: Stage, images: int) -> None:
+        """Start a stage over `images` training images: the weights stay; optimiser, schedule and average are new."""
+        recipe = self.recipe
+        self.optimizer = build_optimizer(recipe, stage, self.net)
+        if recipe.schedule == "restarts":
+            self.schedule = DecayingCosineWarmRestarts(
+                self.optimizer, recipe.cycle, recipe.cycle_growth, recipe.cycle_decay
+            )
+        else:
+            steps = images * recipe.views // stage.batch
+            self.schedule = LambdaLR(self.optimizer, lambda step: recipe.rate(stage, step / steps) / stage.lr)
+        if recipe.average:
+            average = get_ema_multi_avg_fn(recipe.average)
+            self.average = AveragedModel(self.net, multi_avg_fn=average, use_buffers=True)
+
+    def train_epoch(
+        self, images: Tensor, labels: Tensor, draws: Draws, stage: Stage, size: int, tick: Callable[[], None]
+    ) -> EpochResult:
+        """One pass over the drawn samples: uint8 images (N, 3, H, W) and int64 labels (N,) on the device.
+
+        Nothing waits for the device before the end; `tick` is called after each step and may raise to stop.
+        """
+        self.net.train()
+        device = images.device
+        steps = len(draws.order) // stage.batch
+        losses = torch.zeros(steps, device=device)
+        hits = torch.zeros((), dtype=torch.int64, device=device)
+        for step in range(steps):
+            rows = slice(step * stage.batch, (step + 1) * stage.batch)
+            index, uniforms = draws.order[rows], draws.uniforms[rows]
+            x = view(images[index], uniforms, draws.colour_orders[step], size, self.recipe.view)
+            loss, right = self._step(normalise(x, inplace=True), labels[index], draws.mix[rows], uniforms)
+            losses[step] = loss
+            hits += right
+            tick()
+        if self.recipe.schedule == "restarts":
+            self.schedule.step()
+        weights = torch.stack(torch._foreach_norm(list(self.net.parameters()))).isfinite().all()
+        together = torch.cat([losses.double(), hits.double()[None], weights.double()[None]]).cpu()
+        return EpochResult(together[:-2].float(), int(together[-2]), steps * stage.batch, bool(together[-1]))
+
+    def _step(self, x: Tensor, labels: Tensor, lam: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """Learn from one batch of normalised views; mean loss and number of right answers, on the device."""
+        views = self.recipe.view
+        x, other, share = mix(erase(x, uniforms, views), labels, lam, uniforms, views)
+        with self.engine.autocast():
+            logits = self.net(x.contiguous(memory_format=torch.channels_last))
+        logits = logits.float()
+        if views.mixup or views.cutmix:
+            loss = (share * self.loss(logits, labels) + (1 - share) * self.loss(logits, other)).mean()
+            labels = torch.where(share >= 0.5, labels, other)
+        else:
+            loss = self.loss(logits, labels).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        if self.recipe.schedule == "cosine":
+            self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.net)
+        return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+
+    def state(self) -> dict[str, Any]:
+        """Everything that continues the training, as plain values and tensors."""
+        return {
+            "model": self.net.state_dict(),
+            "average": None if self.average is None else self.average.module.state_dict(),
+            "averaged": 0 if self.average is None else int(self.average.n_averaged),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`, after `begin`. Raises RuntimeError, KeyError or ValueError where it does not fit."""
+        self.net.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
+            self.average.n_averaged.fill_(state["averaged"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+
+
+def build_optimizer(recipe: Recipe, stage: Stage, net: ResNet) -> torch.optim.Optimizer:
+    """The recipe's optimiser, in PyTorch's fused form; norms and biases without decay unless `decay_norms`."""
+    parameters = list(net.parameters())
+    weights = [p for p in parameters if recipe.decay_norms or p.ndim > 1]
+    others = [p for p in parameters if not recipe.decay_norms and p.ndim <= 1]
+    groups = [{"params": weights, "weight_decay": recipe.weight_decay}]
+    groups += [{"params": others, "weight_decay": 0.0}] if others else []
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=stage.lr, momentum=0.9, nesterov=True, fused=True)
+    kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, lr=stage.lr, fused=True)

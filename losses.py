@@ -1,0 +1,36 @@
+"""Cross-entropy with part of each target spread over the other classes."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LabelSmoothingLoss(nn.Module):
+    """Cross-entropy against targets of 1 − smoothing at the label and smoothing / (K − 1) at each other class.
+
+    PyTorch's own `label_smoothing` a spreads a over all K classes, the label included, so that each other class gets
+    a / K. Both targets are the same for a = smoothing · K / (K − 1), and the fused kernel is called with that. As a is
+    at most 1, smoothing is at most (K − 1) / K, where the target is uniform. Source: arXiv 1512.00567.
+
+    `classes`: K, from 2 up. `dim`: where the logits keep their classes. `reduction`: "mean" over all samples, "sum",
+    or "none" for one loss a sample. Raises ValueError for an argument out of range and for logits of another K.
+    """
+
+    def __init__(self, classes: int, smoothing: float = 0.1, dim: int = -1, reduction: str = "mean") -> None:
+        super().__init__()
+        if not isinstance(classes, int) or classes < 2:
+            raise ValueError(f"classes is a whole number from 2 up, not {classes!r}")
+        most = (classes - 1) / classes
+        if not 0 <= smoothing <= most:
+            raise ValueError(f"smoothing over {classes} classes is from 0 to {most:.4g}, not {smoothing!r}")
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction is mean, sum or none, not {reduction!r}")
+        self.classes, self.smoothing, self.dim, self.reduction = classes, smoothing, dim, reduction
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Loss of float logits (…, K, …), classes in `dim`, and int64 labels of the same shape without that dim."""
+        if logits.shape[self.dim] != self.classes:
+            raise ValueError(f"logits of {logits.shape[self.dim]} classes; the loss was made for {self.classes}")
+        if logits.dim() > 1:
+            logits = logits.movedim(self.dim, 1)
+        over_all = min(1.0, self.smoothing * self.classes / (self.classes - 1))  # rounding may pass 1 by one bit
+        return F.cross_entropy(logits, labels, reduction=self.reduction, label_smoothing=over_all)

@@ -1,0 +1,152 @@
+"""The network: a bottleneck ResNet of 1,996,986 parameters for small pictures.
+
+Names of modules and parameters follow torchvision's ResNet, so that weights travel between the two.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+PARAMETER_BUDGET = 2_000_000
+SMALLEST_INPUT = 32
+SLOPE = 0.1
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters (buffers such as running statistics not counted)."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def build_model(layers: Sequence[int] = (4, 9, 8), *, budget: int = PARAMETER_BUDGET, **options) -> "ResNet":
+    """The project's network, or with options of `ResNet` a variant of it.
+
+    Raises ValueError where an option is out of range or the network has more than `budget` parameters.
+    """
+    model = ResNet(Bottleneck, layers, **options)
+    excess = count_parameters(model) - budget
+    if excess > 0:
+        raise ValueError(f"the network has {budget + excess:,} parameters, {excess:,} over the budget of {budget:,}")
+    return model
+
+
+class Bottleneck(nn.Module):
+    """1×1 → 3×3 → 1×1 convolutions with BatchNorm after each, beside a shortcut (arXiv 1512.03385).
+
+    The 3×3 carries the stride, as in torchvision. Maps (N, inplanes, H, W) to (N, 4·planes, H/stride, W/stride).
+    """
+
+    expansion = 4
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__()
+        width = int(planes * base_width / 64) * groups
+        self.conv1 = nn.Conv2d(inplanes, width, 1, bias=False)
+        self.bn1 = norm_layer(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, dilation, dilation, groups, bias=False)
+        self.bn2 = norm_layer(width)
+        self.conv3 = nn.Conv2d(width, planes * self.expansion, 1, bias=False)
+        self.bn3 = norm_layer(planes * self.expansion)
+        self.relu = nn.LeakyReLU(SLOPE, inplace=True)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        x = self.bn3(self.conv3(x))
+        x += shortcut
+        return self.relu(x)
+
+
+class ResNet(nn.Module):
+    """Stem, three groups of blocks, global average pool, linear layer.
+
+    `layers`: blocks in each group. `planes`: inner width of each group's blocks. `width_per_group` and `groups`
+    scale and split that width. `replace_stride_with_dilation`: one flag for each of layer2, layer3 and an
+    unused third, which keeps the constructor call of a four-group ResNet valid. `norm_layer`: maps a number of
+    channels to a module. `zero_init_residual`: each block starts as its shortcut.
+
+    Takes float images (N, 3, H, W) from 32 px up, normalised; gives logits (N, num_classes).
+    Raises ValueError for options out of range, and for smaller inputs.
+    """
+
+    def __init__(
+        self,
+        block: type[Bottleneck],
+        layers: Sequence[int],
+        num_classes: int = 10,
+        zero_init_residual: bool = False,
+        groups: int = 1,
+        width_per_group: int = 64,
+        replace_stride_with_dilation: Sequence[bool] | None = None,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+        planes: Sequence[int] = (30, 60, 96),
+    ) -> None:
+        super().__init__()
+        dilate = (False,) * 3 if replace_stride_with_dilation is None else tuple(replace_stride_with_dilation)
+        if len(dilate) != 3:
+            raise ValueError(f"replace_stride_with_dilation takes three flags, not {replace_stride_with_dilation!r}")
+        for name, values, length in (("layers", layers, 3), ("planes", planes, 3)):
+            if len(values) != length or any(not isinstance(v, int) or v < 1 for v in values):
+                raise ValueError(f"{name} takes {length} whole numbers from 1 up, not {values!r}")
+        for name, value in (("num_classes", num_classes), ("groups", groups), ("width_per_group", width_per_group)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is a whole number from 1 up, not {value!r}")
+        if int(min(planes) * width_per_group / 64) < 1:
+            raise ValueError(f"width_per_group {width_per_group} leaves no channel of planes {min(planes)}")
+
+        self._norm_layer = norm_layer or nn.BatchNorm2d
+        self._block, self._groups, self._base_width = block, groups, width_per_group
+        self._inplanes, self._dilation = 64, 1
+
+        self.conv1 = nn.Conv2d(3, 64, 4, bias=False)
+        self.bn1 = self._norm_layer(64)
+        self.relu = nn.LeakyReLU(SLOPE, inplace=True)
+        self.maxpool = nn.MaxPool2d(2)
+        self.layer1 = self._make_layer(planes[0], layers[0])
+        self.layer2 = self._make_layer(planes[1], layers[1], stride=2, dilate=dilate[0])
+        self.layer3 = self._make_layer(planes[2], layers[2], stride=2, dilate=dilate[1])
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(planes[2] * block.expansion, num_classes)
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif zero_init_residual and isinstance(module, Bottleneck) and hasattr(module.bn3, "weight"):
+                nn.init.zeros_(module.bn3.weight)
+
+    def _make_layer(self, planes: int, blocks: int, stride: int = 1, dilate: bool = False) -> nn.Sequential:
+        first_dilation = self._dilation
+        if dilate:
+            self._dilation *= stride
+            stride = 1
+        outplanes = planes * self._block.expansion
+        downsample = None
+        if stride != 1 or self._inplanes != outplanes:
+            downsample = nn.Sequential(
+                nn.Conv2d(self._inplanes, outplanes, 1, stride, bias=False), self._norm_layer(outplanes)
+            )
+        shared = (self._groups, self._base_width)
+        modules = [self._block(self._inplanes, planes, stride, downsample, *shared, first_dilation, self._norm_layer)]
+        for _ in range(1, blocks):
+            modules.append(self._block(outplanes, planes, 1, None, *shared, self._dilation, self._norm_layer))
+        self._inplanes = outplanes
+        return nn.Sequential(*modules)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if min(x.shape[-2:]) < SMALLEST_INPUT:
+            raise ValueError(f"images of {x.shape[-1]}×{x.shape[-2]} px; the network takes {SMALLEST_INPUT} px and up")
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(torch.flatten(self.avgpool(x), 1))

@@ -1,0 +1,252 @@
+#!/usr/bin/env python3
+"""Train a small image classifier from scratch on STL-10's 5,000 labelled images.
+
+    python3 train.py                    # the original recipe, on a CUDA GPU
+    python3 train.py --demo             # the whole path in under a minute on a CPU, without a data set
+    python3 train.py --help             # every setting
+
+Data flows one way: files → one uint8 tensor on the device → views → network → loss → optimiser and schedule →
+metrics.csv and checkpoints → plots. The same command again continues where it stopped.
+"""
+
+import datetime
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import augment
+import checkpoint
+import data
+import demo
+import download
+import engine
+import errors
+import files
+import plots
+import scoring
+import settings
+from learner import EpochResult, Learner
+from record import Record, duration
+
+STOPPED_BY_TIME = 3  # exit status
+LONG = 4 * 3600.0  # seconds
+
+
+class Stopped(Exception):
+    """A signal asks the run to end at the next step; its number is the argument."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    recipe, runtime = settings.parse(argv)
+    machine = engine.start(runtime)
+    dataset = load_data(recipe, runtime)
+    train, val = split(recipe, runtime, dataset)
+    largest = max(stage.batch for stage in recipe.stages if stage.epochs)
+    if largest > len(train) * recipe.views:
+        settings.build_parser().error(f"--batch {largest} is more than an epoch's {len(train) * recipe.views} samples")
+    folder = runtime.out or Path("runs") / f"{recipe.name}-seed{recipe.seed}"
+    files.make_folder(folder)
+    with checkpoint.locked(folder):
+        return Run(folder, recipe, runtime, machine, dataset, train, val).go()
+
+
+def load_data(recipe: settings.Recipe, runtime: settings.Runtime) -> data.DataSet:
+    """The recipe's training files, fetched first where they are missing."""
+    if recipe.name == "demo":
+        folder = runtime.data_dir / "demo"
+        return data.load(folder, "train", demo.make(folder), demo.DEMO_CLASSES)
+    try:
+        return data.load(runtime.data_dir, "train")
+    except data.MissingFiles as missing:
+        print(missing)
+        download.fetch(runtime.data_dir)
+        return data.load(runtime.data_dir, "train")
+
+
+def split(recipe: settings.Recipe, runtime: settings.Runtime, dataset: data.DataSet) -> tuple[Tensor, Tensor]:
+    """Indices of the images to train on and of those to validate on (none with train_on all)."""
+    if recipe.train_on == "all":
+        return torch.arange(len(dataset.labels)), torch.arange(0)
+    if recipe.fold is not None:
+        return data.fold_indices(runtime.data_dir, recipe.fold, len(dataset.labels))
+    return data.split_indices(dataset.labels, recipe.split_seed)
+
+
+class Run:
+    """One run: the recipe, the machine, the data on it, what is learnt, and the record of it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        recipe: settings.Recipe,
+        runtime: settings.Runtime,
+        machine: engine.Engine,
+        dataset: data.DataSet,
+        train: Tensor,
+        val: Tensor,
+    ) -> None:
+        self.recipe, self.runtime, self.machine, self.train = recipe, runtime, machine, train
+        self.images, self.labels = dataset.images.to(machine.device), dataset.labels.to(machine.device)
+        self.val = val.to(machine.device)
+        self.learner = Learner(recipe, len(dataset.classes), machine)
+        self.record = Record(folder, recipe, dataset.classes, {"train": len(train), "val": len(val)})
+        self.signal = 0
+
+    def go(self) -> int:
+        """Begin or continue, train to the end of the recipe, and say what came of it. Returns the exit status."""
+        started, status = time.monotonic(), 0
+        limit = self.runtime.max_minutes * 60
+        self.open()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+        try:
+            while self.record.done < self.recipe.epochs:
+                seconds = self.epoch(*self.recipe.locate(self.record.done))
+                if limit and self.record.done < self.recipe.epochs and time.monotonic() - started + seconds > limit:
+                    print(f"stopped: another epoch would overrun --max-minutes {self.runtime.max_minutes:g}")
+                    status = STOPPED_BY_TIME
+                    break
+        except Stopped as stop:
+            print(f"stopped by {signal.Signals(stop.args[0]).name}; the epoch in flight is dropped")
+            status = 128 + stop.args[0]
+        self.record.finish(self.learner.net, self.machine)
+        if status:
+            print("the same command continues this run")
+        return status
+
+    def on_signal(self, number: int, _: Any) -> None:
+        """Remember the signal for the end of the step; a second one ends the process at once."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def open(self) -> None:
+        """Take up the run folder's state, or set up a fresh one, and say how things stand."""
+        record, recipe, learner = self.record, self.recipe, self.learner
+        state = record.open(self.runtime.overwrite)
+        if record.done == recipe.epochs:
+            print("this run is finished; --overwrite starts anew")
+            return
+        number, epoch = recipe.locate(record.done)
+        try:
+            if state is not None:
+                learner.net.load_state_dict(state["model"])
+            elif recipe.init:
+                learner.net.load_state_dict(checkpoint.load_network(Path(recipe.init)).model.state_dict())
+            if epoch:
+                learner.begin(recipe.stages[number], len(self.train))
+                learner.restore(state)
+        except (RuntimeError, KeyError, ValueError) as error:
+            source = recipe.init if state is None else record.folder / "last.pt"
+            raise errors.RunError(f"{source} does not fit this network: {str(error).splitlines()[0]}") from error
+        record.write_config(self.runtime, self.machine)
+        seconds = self.machine.predict_seconds(recipe, learner.net, len(self.train), record.done)
+        print(f"{record.folder}: {recipe.name}, {record.done} of {recipe.epochs} epochs done")
+        print(f"{self.machine}: predicted {duration(seconds)} for the remaining epochs")
+        if self.machine.device.type == "cpu" and seconds > LONG:
+            print("that is long for a CPU: --recipe cpu takes about half an hour on two cores, --demo under a minute")
+
+    def epoch(self, number: int, epoch: int) -> float:
+        """One epoch of a stage, both counted from 0: train, validate, commit, show. Returns its seconds."""
+        recipe, learner, record = self.recipe, self.learner, self.record
+        stage, began = recipe.stages[number], time.monotonic()
+        if epoch == 0:
+            learner.begin(stage, len(self.train))
+        draws = augment.draw(self.train, recipe.views, stage.batch, recipe.view, (recipe.seed, number, epoch))
+        draws = draws.to(self.machine.device)
+        size, lr = stage.size(epoch), learner.optimizer.param_groups[0]["lr"]
+        if epoch == 0:
+            self.sheet(draws, number, size)
+        result = self.train_epoch(draws, stage, size)
+        trained = time.monotonic() - began
+        val_loss, val_accuracy = self.validate(stage.eval_size)
+        self.check(result, val_loss)
+        row = {
+            "stage": number + 1,
+            "epoch": record.done + 1,
+            "lr": lr,
+            "train_loss": result.losses.double().mean().item(),
+            "train_accuracy": result.hits / result.samples,
+            "val_loss": val_loss,
+            "val_accuracy": val_accuracy,
+            "seconds": time.monotonic() - began,
+            "samples_per_second": result.samples / trained,
+        }
+        after = next((later for later in recipe.stages[number + 1 :] if later.epochs), None)
+        if epoch + 1 == stage.epochs and after is not None and len(self.val):
+            _, accuracy = self.validate(after.eval_size)
+            record.crossings.append({"epoch": row["epoch"], "eval_size": after.eval_size, "val_accuracy": accuracy})
+        record.commit(row, learner.state(), learner.scored.state_dict())
+        record.draw(now=False)
+        if epoch == 0 and stage.epochs > 1:
+            rest = sum(stage.size(e) ** 2 for e in range(1, stage.epochs)) / size**2 * row["seconds"]
+            end = datetime.datetime.now() + datetime.timedelta(seconds=rest)
+            print(f"stage {number + 1} ends about {end:%A %H:%M} at this rate")
+        return row["seconds"]
+
+    def train_epoch(self, draws: augment.Draws, stage: settings.Stage, size: int) -> EpochResult:
+        """Train on an epoch's draws behind a progress bar, which shows the epoch before: it must not wait."""
+        record = self.record
+        before = f"loss {record.rows[-1]['train_loss']:.3f}" if record.rows else ""
+        steps = len(draws.order) // stage.batch
+        title = f"epoch {record.done + 1}/{self.recipe.epochs}"
+        with tqdm(total=steps, desc=title, postfix=before, unit="batch", leave=False, disable=None) as bar:
+
+            def tick() -> None:
+                bar.update()
+                if self.signal:
+                    raise Stopped(self.signal)
+
+            return self.learner.train_epoch(self.images, self.labels, draws, stage, size, tick)
+
+    def validate(self, size: int) -> tuple[float | None, float | None]:
+        """Loss and accuracy of the scored network on the validation images at `size` px; None without images."""
+        if not len(self.val):
+            return None, None
+        scores = scoring.logits(
+            self.learner.scored,
+            self.images[self.val],
+            size,
+            mirror=self.recipe.mirror,
+            precision=self.machine.precision,
+        )
+        hits, loss = scoring.hits_and_loss(scores, self.labels[self.val])
+        return loss.item(), hits.item() / len(self.val)
+
+    def check(self, result: EpochResult, val_loss: float | None) -> None:
+        """Raise RunError where a number went wrong in the epoch: nothing of it has been committed yet."""
+        bad = (~result.losses.isfinite()).nonzero()
+        if len(bad):
+            what = f"the loss of step {int(bad[0]) + 1}"
+        elif not result.finite:
+            what = "a weight after the last step"
+        elif val_loss is not None and not math.isfinite(val_loss):
+            what = "the validation loss"
+        else:
+            return
+        raise errors.RunError(
+            f"{what} of epoch {self.record.done + 1} is not a finite number; the state before that epoch is kept in "
+            f"{self.record.folder}. Try a lower --lr, a longer --warmup or --precision fp32"
+        )
+
+    def sheet(self, draws: augment.Draws, number: int, size: int) -> None:
+        """Draw the first views of a stage, as the network will see them."""
+        index = draws.order[:32]
+        views = augment.view(
+            self.images[index], draws.uniforms[:32], draws.colour_orders[0], size, self.recipe.view
+        ).cpu()
+        names = [self.record.classes[label] for label in self.labels[index].tolist()]
+        heading = f"{self.record.folder.name}, stage {number + 1}: training views at {size} px"
+        plots.sample_sheet(
+            self.record.folder / f"views-stage{number + 1}.png", views.numpy(), names, columns=8, heading=heading
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(errors.report(main))
