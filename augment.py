@@ -135,7 +135,7 @@ def view_parameters(uniforms: Tensor, height: int, width: int, views: Views) -> 
     """
     brightness, contrast, saturation = (
         _between(max(0.0, 1 - strength), 1 + strength, uniforms[:, column])
-        for strength, column in zip((views.brightness, views.contrast, views.saturation), FACTORS)
+        for strength, column in zip((views.brightness, views.contrast, views.saturation), FACTORS, strict=True)
     )
     return ViewParameters(
         _between(-views.rotation, views.rotation, uniforms[:, ANGLE]),
@@ -273,7 +273,7 @@ def _adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
 def normalise(x: Tensor, inplace: bool = False) -> Tensor:
     """Float images (B, 3, H, W) in [0, 1] less the training images' mean, over their standard deviation, a channel."""
     x = x if inplace else x.clone()
-    for channel, mean, std in zip(x.unbind(1), MEAN, STD):
+    for channel, mean, std in zip(x.unbind(1), MEAN, STD, strict=True):
         channel.sub_(mean).mul_(1 / std)
     return x
 

@@ -53,11 +53,15 @@ class MissingFiles(RunError):
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """`images` uint8 (N, 3, H, W), rows first; `labels` int64 (N,), from 0; `classes[label]` is a label's name."""
+    """`images` uint8 (N, 3, H, W), rows first; `labels` int64 (N,), from 0; `classes[label]` is a label's name.
+
+    `digest` tells sets of one's own from one another; it is empty for files that are checked against `specs`.
+    """
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    digest: str = ""
 
 
 def load(data_dir: Path, split: str, specs: Specs = OFFICIAL, classes: tuple[str, ...] = CLASSES) -> DataSet:

@@ -61,24 +61,24 @@ def _write_unless_right(path: Path, content: bytes, spec: FileSpec) -> None:
 
 def _class_images(shape: Shape, count: int, generator: Generator) -> NDArray[np.uint8]:
     """`count` images of one shape: uint8 (count, 3, 96, 96), rows first."""
-    ground = generator.uniform(0, 1, (count, 3, 1, 1)).astype(np.float32)
-    # Half a turn of the colour circle away, give or take: never too close to the ground to be seen.
-    colour = (ground + generator.uniform(0.3, 0.7, (count, 3, 1, 1)).astype(np.float32)) % 1
-    image = ground + 0.1 * _smooth_noise(count, generator)
+    ground = generator.uniform(0, 0.5, (count, 3, 1, 1)).astype(np.float32)
+    # Always the lighter one: a small network learns this in seconds, and light against dark either way in minutes.
+    colour = ground + generator.uniform(0.2, 0.5, (count, 3, 1, 1)).astype(np.float32)
+    image = ground + 0.1 * _smooth_noise(6, count, generator)
     for _ in range(3):  # clutter: small discs of any colour
         spot = _mask(SHAPES["disc"], (3, 8), 48, count, generator)
         image += spot * (generator.uniform(0, 1, (count, 3, 1, 1)).astype(np.float32) - image)
     image += _mask(shape, (26, 44), 14, count, generator) * (colour - image)
-    image += 0.05 * generator.standard_normal((count, 1, SIDE, SIDE), dtype=np.float32)
+    image += 0.06 * _smooth_noise(24, count, generator)
     return (image.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def _smooth_noise(count: int, generator: Generator) -> FloatArray:
-    """Normal noise on a grid of 6x6, interpolated linearly: (count, 3, 96, 96)."""
-    knots = generator.standard_normal((count, 3, 6, 6), dtype=np.float32)
-    position = np.linspace(0, 5, SIDE, dtype=np.float32)[:, None]
-    weights = (1 - abs(position - np.arange(6, dtype=np.float32))).clip(0)
-    return weights @ knots @ weights.T
+def _smooth_noise(knots: int, count: int, generator: Generator) -> FloatArray:
+    """Normal noise on a grid of knots x knots, interpolated linearly: (count, 3, 96, 96)."""
+    values = generator.standard_normal((count, 3, knots, knots), dtype=np.float32)
+    position = np.linspace(0, knots - 1, SIDE, dtype=np.float32)[:, None]
+    weights = (1 - abs(position - np.arange(knots, dtype=np.float32))).clip(0)
+    return weights @ values @ weights.T
 
 
 def _mask(shape: Shape, radii: tuple[int, int], spread: int, count: int, generator: Generator) -> FloatArray:
@@ -115,7 +115,7 @@ SHAPES: dict[str, Shape] = {
     "cross": _cross,
     "flower": lambda u, v: 0.65 + 0.3 * np.cos(5 * np.arctan2(u, -v)) - np.hypot(u, v),
     "crescent": lambda u, v: np.minimum(0.95 - np.hypot(u, v), np.hypot(u - 0.45, v) - 0.75),
-    "stripes": lambda u, v: np.minimum(_square(u, v), np.sin(11 * u) / 11),
-    "checkers": lambda u, v: np.minimum(_square(u, v), np.sin(7.4 * u) * np.sin(7.4 * v) / 7.4),
+    "stripes": lambda u, v: np.minimum(_square(u, v), np.cos(9 * u) / 9),
+    "checkers": lambda u, v: np.minimum(_square(u, v), np.cos(9 * u) * np.cos(9 * v) / 9),
     "dots": _dots,
 }

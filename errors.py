@@ -10,12 +10,33 @@ class RunError(Exception):
 
 
 def report(main: Callable[[], int | None]) -> int:
-    """Run a command's `main`; a RunError becomes one line on stderr and exit status 1 instead of a traceback."""
+    """Run a command's `main` and return its exit status; what the user can act on becomes one line on stderr.
+
+    The status is 1 then, 130 after Ctrl-C. Other exceptions are bugs and keep their traceback.
+    """
     try:
-        return main() or 0
+        status = main() or 0
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # the reader of our output has gone (`| head`); Python would complain again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        status = _fail(str(error))
+    except OSError as error:  # of a file that nobody foresaw trouble with, or of a print
+        status = _fail(_cause(error))
+    except KeyboardInterrupt:
+        status = _fail("interrupted", 130)
+    except SystemExit as stop:  # argparse's
+        status = stop.code
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try and complain again at exit
+        status = status or _fail(_cause(error))
+    return status
+
+
+def _cause(error: OSError) -> str:
+    return f"{error.filename or 'cannot write the output'}: {error.strerror or error}"
+
+
+def _fail(sentence: str, status: int = 1) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return status

@@ -9,16 +9,19 @@ from errors import RunError
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path beside `path`; what was written there takes the place of `path` at once, or not at all.
 
-    Raises RunError naming path and cause where the disk is full, the folder read-only or the like.
+    The older file is kept under the name `keep` where one is given. Raises RunError naming path and cause where the
+    disk is full, the folder read-only or the like.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())  # or a power cut could leave the new name with none of the content
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
     except OSError as error:
         cause = error.strerror or error

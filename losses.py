@@ -32,5 +32,5 @@ class LabelSmoothingLoss(nn.Module):
             raise ValueError(f"logits of {logits.shape[self.dim]} classes; the loss was made for {self.classes}")
         if logits.dim() > 1:
             logits = logits.movedim(self.dim, 1)
-        over_all = min(1.0, self.smoothing * self.classes / (self.classes - 1))  # rounding may pass 1 by one bit
+        over_all = self.smoothing * self.classes / (self.classes - 1)
         return F.cross_entropy(logits, labels, reduction=self.reduction, label_smoothing=over_all)

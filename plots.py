@@ -1,12 +1,11 @@
 """Pictures of runs: curves from the rows of metrics.csv, sheets of images, and what a network gets wrong.
 
-Each function draws, saves a PNG at `path` and returns the matplotlib Figure. `rows` are dicts with the keys stage
-(from 1), epoch (from 1 over the whole run), lr, train_loss, train_accuracy, val_loss and val_accuracy (accuracies
-0 … 1; None where an epoch was not scored). Sizes suit a page of 800 px; colours are those of Okabe and Ito, which
-colour-blind people tell apart. pyplot, with its global state, is not used.
+Each function draws, saves a PNG at `path` (whole or not at all; RunError if it cannot) and returns the Figure.
+`rows` are dicts with the keys stage (from 1), epoch (from 1 over the whole run), train_loss, train_accuracy, val_loss
+and val_accuracy (accuracies 0 … 1; None where an epoch was not scored). Sizes suit a page of 800 px; colours are those
+of Okabe and Ito, which colour-blind people tell apart. pyplot, with its global state, is not used.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from errors import RunError
+from files import replacing
 from scoring import wilson
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
@@ -115,7 +114,7 @@ def comparison(path: Path, runs: Mapping[str, Sequence[Row]], *, title: str) -> 
         if not len(epochs):
             continue
         style = {"color": CYCLE[index % len(CYCLE)], "ls": ("-", "--", ":", "-.")[index // len(CYCLE) % 4]}
-        label = f"{name}: best {max(values):.1%}, last {values[-1]:.1%}"
+        label = f"{_plain(name)}: best {max(values):.1%}, last {values[-1]:.1%}"
         axes.plot(epochs, values, lw=1.3, label=label, **style, **_mark(epochs))
     _percent(axes.yaxis)
     if axes.lines:
@@ -136,7 +135,7 @@ def accuracy_against_size(
     _label_best(axes, sizes[best], accuracies[best])
     axes.set_xticks(sizes)
     _percent(axes.yaxis)
-    axes.legend(loc="lower right", fontsize=9)
+    axes.legend(loc="best", fontsize=9)
     _title(figure, title, f"best {accuracies[best]:.1%} at {sizes[best]} px")
     return _save(figure, path)
 
@@ -151,8 +150,9 @@ def confusion(path: Path, matrix: np.ndarray, class_names: Sequence[str], *, tit
         if count and len(class_names) <= 20:
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, f"{count}", ha="center", va="center", fontsize=9, color=colour)
-    axes.set_xticks(range(len(class_names)), class_names, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(class_names)), class_names)
+    names = [_plain(name) for name in class_names]
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), names)
     axes.grid(False)
     _title(figure, title, f"{np.trace(matrix):,} of {matrix.sum():,} right: {np.trace(matrix) / matrix.sum():.1%}")
     return _save(figure, path)
@@ -170,7 +170,7 @@ def per_class(path: Path, matrix: np.ndarray, class_names: Sequence[str], *, tit
         axes.barh(place, shares[index], color=SKY, height=0.7)
         axes.plot([low, high], [place, place], color="black", lw=1.2)
         axes.text(0.01, place, f"{shares[index]:.1%} of {totals[index]:,}", va="center", fontsize=9)
-    axes.set_yticks(range(len(order)), [class_names[index] for index in order])
+    axes.set_yticks(range(len(order)), [_plain(class_names[index]) for index in order])
     axes.set_xlim(0, 1)
     axes.grid(False, axis="y")
     _percent(axes.xaxis)
@@ -223,7 +223,7 @@ def sample_sheet(
         sheet[top : top + size, left : left + size] = image.transpose(1, 2, 0)
         if titles:
             place = (left + size / 2, top + size + gap / 4)
-            axes.text(*place, titles[index], ha="center", va="top", fontsize=8)
+            axes.text(*place, _plain(titles[index]), ha="center", va="top", fontsize=8)
     axes.imshow(sheet, interpolation="bilinear")
     axes.set_axis_off()
     _title(figure, heading)
@@ -241,8 +241,13 @@ def _canvas(x_label: str, y_label: str, height: float = 4.5) -> tuple[Figure, Ax
     return figure, axes
 
 
+def _plain(text: str) -> str:
+    """Names of files and classes are no formulas, whatever dollar signs are in them."""
+    return text.replace("$", r"\$")
+
+
 def _title(figure: Figure, title: str, facts: str = "") -> None:
-    figure.suptitle(f"{title}\n{facts}" if facts else title, fontsize=10.5, x=0.01, ha="left")
+    figure.suptitle(_plain(f"{title}\n{facts}" if facts else title), fontsize=10.5, x=0.01, ha="left")
 
 
 def _column(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -303,14 +308,6 @@ def _name_stage(axes: Axes, name: str, start: float, end: float, first: bool, la
 
 
 def _save(figure: Figure, path: Path) -> Figure:
-    """Write the PNG under a temporary name first: whoever looks at `path` sees a whole picture or the last one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(Path(path)) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunError(f"the plot {path} cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return figure

@@ -1,13 +1,23 @@
-"""From images to figures: eval-mode logits, accuracy and its interval, confusion, calibration."""
+"""From images to figures: logits as they are scored, accuracy and its interval, confusion, calibration."""
 
+import copy
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from augment import normalise
+from augment import Views, draw, normalise, view
+
+ORIGINAL_VIEWS = 20  # of each validation image, see `original_logits`
+CROPS = "the whole image and five crops of 7/8 of its side (corners and centre)"
+VIEWS = {  # of each image, whose predictions are averaged
+    "none": "the image alone",
+    "mirror": "the image and its mirror image",
+    "multi": f"{CROPS}, each with its mirror image",
+}
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -37,20 +47,71 @@ def logits(
     if len(images) == 0:
         raise ValueError("there are no images to score")
     modes = [(module, module.training) for module in model.modules()]
-    low = precision not in (None, torch.float32)
     model.eval()
     try:
-        with torch.autocast(images.device.type, dtype=precision if low else None, enabled=low):
+        with _autocast(images.device, precision):
             return torch.cat([_score(model, part, size, mirror) for part in images.split(batch)])
     finally:
         for module, training in modes:
             module.training = training
 
 
+def _autocast(device: torch.device, precision: torch.dtype | None) -> torch.autocast:
+    low = precision not in (None, torch.float32)
+    return torch.autocast(device.type, dtype=precision if low else None, enabled=low)
+
+
 def _score(model: nn.Module, images: Tensor, size: int, mirror: bool) -> Tensor:
     pixels = normalise(resize(images, size)).contiguous(memory_format=torch.channels_last)
     scores = model(pixels).float()
     return average([scores, model(pixels.flip(-1)).float()]) if mirror else scores
+
+
+def view_logits(
+    model: nn.Module, images: Tensor, size: int, views: str, *, precision: torch.dtype | None = None
+) -> Tensor:
+    """`logits` averaged over the views of each image that `VIEWS` names: every view at `size` px."""
+    parts = [images]
+    if views == "multi":
+        height, width = images.shape[-2:]
+        h, w = round(height * 7 / 8), round(width * 7 / 8)
+        down, right = height - h, width - w
+        places = [(0, 0), (0, right), (down, 0), (down, right), (down // 2, right // 2)]
+        parts += [images[:, :, top : top + h, left : left + w] for top, left in places]
+    scores = [logits(model, part, size, mirror=views != "none", precision=precision) for part in parts]
+    return average(scores) if len(scores) > 1 else scores[0]
+
+
+@torch.no_grad()
+def original_logits(
+    model: nn.Module,
+    images: Tensor,
+    size: int,
+    batch: int,
+    *,
+    precision: torch.dtype | None = None,
+    tick: Callable[[int], Any] = lambda views: None,
+) -> tuple[Tensor, Tensor]:
+    """Score 20 random training views of each image by batch statistics, as the original project validated.
+
+    uint8 images (N, 3, H, W); the views are the original's at `size` px, shuffled, and what does not fill the last
+    batch is dropped. Returns logits float32 (n, K) and the index of the image (n,) that each view shows. The running
+    statistics learn from the views too, in a copy of the model. `tick` is called with the number of views after each
+    batch. Raises ValueError where the views fill no batch.
+    """
+    steps = len(images) * ORIGINAL_VIEWS // batch
+    if not steps:
+        raise ValueError(f"{len(images) * ORIGINAL_VIEWS} views do not fill a batch of {batch}")
+    model, views = copy.deepcopy(model).train(), Views()
+    draws = draw(torch.arange(len(images)), ORIGINAL_VIEWS, batch, views, (0,)).to(images.device)
+    scores = []
+    for step in range(steps):
+        rows = slice(step * batch, (step + 1) * batch)
+        x = view(images[draws.order[rows]], draws.uniforms[rows], draws.colour_orders[step], size, views)
+        with _autocast(images.device, precision):
+            scores.append(model(normalise(x).contiguous(memory_format=torch.channels_last)).float())
+        tick(batch)
+    return torch.cat(scores), draws.order[: steps * batch]
 
 
 def average(scores: list[Tensor]) -> Tensor:
@@ -116,3 +177,22 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> 
     """Expected calibration error, 0 … 1: the mean gap between confidence and accuracy (arXiv 1706.04599)."""
     count, confidence, share = reliability(probabilities, labels, bins)
     return ((confidence - share).abs().nan_to_num() * count).sum().item() / count.sum().item()
+
+
+def figures(scores: Tensor, labels: Tensor, classes: Sequence[str], images: int) -> dict[str, Any]:
+    """What is told of a scoring, as plain values: from logits (n, K) and labels (n,) of `images` images.
+
+    Several views of an image count towards the accuracy, but not as images of their own in its 95% interval.
+    """
+    hits, loss = hits_and_loss(scores, labels)
+    share = hits.item() / len(labels)
+    shares = per_class_accuracy(confusion(scores.argmax(1), labels, len(classes))).tolist()
+    return {
+        "images": images,
+        "predictions": len(labels),
+        "accuracy": share,
+        "interval_95": list(wilson(round(share * images), images)),
+        "loss": loss.item(),
+        "calibration_error": calibration_error(scores.softmax(1), labels),
+        "per_class": {name: None if math.isnan(value) else value for name, value in zip(classes, shares, strict=True)},
+    }
