@@ -6,7 +6,9 @@ before, should `last.pt` be damaged) and `best.pt` (weights only, of the best va
 
 import contextlib
 import fcntl
+import io
 import os
+import pickle
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,48 +23,41 @@ from model import ResNet, build_model
 from settings import Recipe
 
 FORMAT = 1
+# what values raise that are taken for a state, or put into a network, without being made for it
+MISFITS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
-def save(path: Path, payload: dict[str, Any]) -> None:
-    """Write a checkpoint in place of an older one. Raises RunError where the disk refuses."""
-    with replacing(path) as temporary:
-        _write(temporary, payload)
+class Damaged(RunError):
+    """A file that is no whole checkpoint: a broken disk or copy, or never one at all."""
+
+
+def save(path: Path, payload: dict[str, Any], keep: Path | None = None) -> None:
+    """Write a checkpoint in place of an older one, which is kept as `keep`. Raises RunError where the disk refuses."""
+    packed = io.BytesIO()  # torch's own writer to files does not say why a disk refuses
+    torch.save({"format": FORMAT, **payload}, packed)
+    with replacing(path, keep) as temporary:
+        temporary.write_bytes(packed.getbuffer())
 
 
 def commit(folder: Path, payload: dict[str, Any]) -> None:
     """Make `payload` the run's `last.pt` and the one before its `previous.pt`. At every moment one of both is whole."""
-    last = folder / "last.pt"
-    with replacing(last) as temporary:
-        _write(temporary, payload)
-        if last.exists():
-            os.replace(last, folder / "previous.pt")
-
-
-def _write(path: Path, payload: dict[str, Any]) -> None:
-    try:
-        torch.save({"format": FORMAT, **payload}, path)
-    except RuntimeError as error:  # what torch's writer makes of a full disk
-        raise OSError(0, str(error).split("\n")[0]) from error
+    save(folder / "last.pt", payload, keep=folder / "previous.pt")
 
 
 def load(path: Path, kind: str | None = None) -> dict[str, Any]:
     """Read and check a checkpoint, of one kind (`run` or `weights`) if given; tensors arrive on the CPU.
 
-    Raises RunError where it is missing, damaged, foreign, from a newer version, or holds more than plain values.
+    Raises Damaged where it is not whole, RunError where it is missing, foreign, from a newer version, or holds more
+    than plain values: nothing in the file is ever run.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch does not look at the checksums
-        if damaged:
-            raise RunError(f"{path} is damaged ({damaged} has a wrong checksum)")
-        payload = torch.load(path, map_location="cpu", weights_only=True)
-    except RunError:
-        raise
+        payload = _read(path)
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # zip and torch raise anything from KeyError to UnpicklingError on foreign bytes
-        reason = "it holds objects that are not plain values" if "WeightsUnpickler" in str(error) else "it is not whole"
-        raise RunError(f"{path} cannot be used as a checkpoint: {reason}") from error
+    except pickle.UnpicklingError as error:
+        raise RunError(f"{path} was not opened: it holds more than plain values; do not trust its source") from error
+    except Exception as error:  # zip and torch raise anything from KeyError to RuntimeError on foreign bytes
+        raise Damaged(f"{path} is damaged, or no checkpoint at all ({first_words(error)})") from error
     if not isinstance(payload, dict) or not isinstance(payload.get("format"), int) or "recipe" not in payload:
         raise RunError(f"{path} is not a checkpoint of this project")
     if payload["format"] > FORMAT:
@@ -72,20 +67,41 @@ def load(path: Path, kind: str | None = None) -> dict[str, Any]:
     return payload
 
 
+def _read(path: Path) -> Any:
+    """Torch is given a copy of what has the right checksum: it looks at none, and trusts the archive's directory."""
+    checked = io.BytesIO()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(checked, "w") as copy:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{member.filename} is compressed")
+            copy.writestr(member.filename, archive.read(member))
+    checked.seek(0)
+    return torch.load(checked, map_location="cpu", weights_only=True)
+
+
+def first_words(error: Exception) -> str:
+    """What an exception says, on one line of bearable length."""
+    words = " ".join(str(error).split())
+    return words if len(words) <= 200 else words[:200] + " …"
+
+
 def resume(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
     """The state to continue from, None in a fresh folder, and a warning where `last.pt` was damaged.
 
-    Raises RunError where no state is usable.
+    Raises Damaged where no state is whole, RunError where it is unusable for another reason.
     """
     last, previous = folder / "last.pt", folder / "previous.pt"
-    try:
-        if last.exists():
-            return load(last, "run"), None
+    if not last.exists():  # a fresh folder, or killed between the two renames of a commit
         return (load(previous, "run") if previous.exists() else None), None
-    except RunError as error:
-        if not last.exists() or not previous.exists():
-            raise RunError(f"{error}; --overwrite starts anew") from error
-        payload = load(previous, "run")
+    try:
+        return load(last, "run"), None
+    except Damaged as error:
+        if not previous.exists():
+            raise
+        try:
+            payload = load(previous, "run")
+        except RunError as also:
+            raise Damaged(f"{error}, and {also}") from also
         os.replace(previous, last)  # or the next commit would keep the damaged file as previous.pt
         return payload, f"{error}; continuing from the state before it (previous.pt)"
 
@@ -94,11 +110,27 @@ def resume(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
 class Trained:
     """A network read from a checkpoint, with what its user needs to know."""
 
+    file: Path
     model: ResNet
     recipe: Recipe
     classes: tuple[str, ...]
+    images: dict[str, Any]  # how many trained and validated, and the digest of a set of one's own
     eval_size: int
     epoch: int
+    val_accuracy: float | None  # by which this epoch was chosen as the run's best; None for the last one
+
+    @property
+    def selected(self) -> bool:
+        """Whether it is the best epoch's by validation accuracy, not the last one's."""
+        return self.val_accuracy is not None
+
+
+def weights_file(path: Path, last: bool = False) -> Path:
+    """The checkpoint that `path` names: itself, or of a run folder its best (unless `last`), last or previous one."""
+    if not path.is_dir():
+        return path
+    names = ("last.pt", "previous.pt") if last else ("best.pt", "last.pt", "previous.pt")
+    return path / next((name for name in names if (path / name).exists()), names[0])
 
 
 def load_network(path: Path) -> Trained:
@@ -106,8 +138,7 @@ def load_network(path: Path) -> Trained:
 
     Where the run kept an average of the weights, that is what comes. Raises RunError.
     """
-    if path.is_dir():
-        path = next((path / name for name in ("best.pt", "last.pt") if (path / name).exists()), path / "best.pt")
+    path = weights_file(path)
     payload = load(path)
     try:
         recipe = Recipe.from_dict(payload["recipe"])
@@ -115,15 +146,20 @@ def load_network(path: Path) -> Trained:
         model = network(recipe, len(classes))
         model.load_state_dict(payload.get("average") or payload["model"])
         model.to(memory_format=torch.channels_last).eval()
-        return Trained(model, recipe, classes, int(payload["eval_size"]), int(payload["epoch"]))
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise RunError(f"{path} does not fit this version's network: {str(error).splitlines()[0]}") from error
+        size, epoch, accuracy = int(payload["eval_size"]), int(payload["epoch"]), payload.get("val_accuracy")
+        return Trained(path, model, recipe, classes, payload["images"], size, epoch, accuracy)
+    except MISFITS as error:
+        raise RunError(f"{path} does not fit this version's network: {first_words(error)}") from error
 
 
 def network(recipe: Recipe, classes: int) -> ResNet:
-    """The network that a recipe describes. Raises ValueError where it is over the parameter budget."""
+    """The network that a recipe describes. Raises ValueError where it is over the recipe's parameter budget."""
     return build_model(
-        recipe.layers, planes=recipe.planes, num_classes=classes, zero_init_residual=recipe.zero_init_residual
+        recipe.layers,
+        budget=recipe.budget,
+        planes=recipe.planes,
+        num_classes=classes,
+        zero_init_residual=recipe.zero_init_residual,
     )
 
 
@@ -132,11 +168,12 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold the folder for this process alone; the system lets go of it however the process ends. Raises RunError."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for leftover in folder.glob(".*.tmp"):  # of a killed run; nobody else writes here now
-            leftover.unlink(missing_ok=True)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"another run is using {folder}; wait for it or choose another with --out") from None
+        except OSError:
+            pass  # a file system without locks
         yield
-    except BlockingIOError:
-        raise RunError(f"another run is using {folder}; wait for it or choose another folder with --out") from None
     finally:
         os.close(descriptor)

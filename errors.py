@@ -14,6 +14,9 @@ def report(main: Callable[[], int | None]) -> int:
 
     The status is 1 then, 130 after Ctrl-C. Other exceptions are bugs and keep their traceback.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us (`2>&-`)
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     try:
         status = main() or 0
     except RunError as error:
@@ -25,8 +28,7 @@ def report(main: Callable[[], int | None]) -> int:
     except SystemExit as stop:  # argparse's
         status = stop.code
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try and complain again at exit
         status = status or _fail(_cause(error))

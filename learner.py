@@ -1,12 +1,13 @@
 """What is trained and how it learns: the network, its running average, the optimiser and the schedule."""
 
+import copy
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import checkpoint
 from augment import Draws, erase, mix, normalise, view
@@ -18,12 +19,31 @@ from settings import Recipe, Stage
 
 
 class EpochResult(NamedTuple):
-    """Of one epoch's steps: losses float32 (steps,), right answers and samples seen. On the host."""
+    """Of one epoch's steps: losses float32 (steps,), right answers, samples seen; is all that was learnt finite?"""
 
     losses: Tensor
     hits: int
     samples: int
     finite: bool
+
+
+class RunningAverage:
+    """Exponential average of a network's weights and BatchNorm statistics, the first update being a copy.
+
+    PyTorch's AveragedModel gives the same numbers, but waits for the device at each update, to hand it the count.
+    """
+
+    def __init__(self, net: nn.Module, decay: float) -> None:
+        self.net, self.decay, self.updates = copy.deepcopy(net).requires_grad_(False), decay, 0
+        self._own, self._source = (
+            [value for value in module.state_dict().values() if value.is_floating_point()] for module in (self.net, net)
+        )
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Draw the average closer to the network's present values."""
+        torch._foreach_lerp_(self._own, self._source, 1 - self.decay if self.updates else 1.0)
+        self.updates += 1
 
 
 class Learner:
@@ -35,17 +55,16 @@ class Learner:
             torch.manual_seed(recipe.seed)
             self.net = checkpoint.network(recipe, classes)
         self.net.to(engine.device, memory_format=torch.channels_last)
-        if engine.compile:
-            self.net.compile()
+        self._net = engine.compiled(self.net)
         self.loss = LabelSmoothingLoss(classes, recipe.label_smoothing, reduction="none")
-        self.average: AveragedModel | None = None
+        self.average: RunningAverage | None = None
         self.optimizer: torch.optim.Optimizer
         self.schedule: LRScheduler
 
     @property
     def scored(self) -> nn.Module:
         """The network that is scored and kept: the average where the recipe keeps one."""
-        return self.net if self.average is None else self.average.module
+        return self.net if self.average is None else self.average.net
 
     def begin(self, stage: Stage, images: int) -> None:
         """Start a stage over `images` training images: the weights stay; optimiser, schedule and average are new."""
@@ -59,8 +78,7 @@ class Learner:
             steps = images * recipe.views // stage.batch
             self.schedule = LambdaLR(self.optimizer, lambda step: recipe.rate(stage, step / steps) / stage.lr)
         if recipe.average:
-            average = get_ema_multi_avg_fn(recipe.average)
-            self.average = AveragedModel(self.net, multi_avg_fn=average, use_buffers=True)
+            self.average = RunningAverage(self.net, recipe.average)
 
     def train_epoch(
         self, images: Tensor, labels: Tensor, draws: Draws, stage: Stage, size: int, tick: Callable[[], None]
@@ -78,43 +96,57 @@ class Learner:
             rows = slice(step * stage.batch, (step + 1) * stage.batch)
             index, uniforms = draws.order[rows], draws.uniforms[rows]
             x = view(images[index], uniforms, draws.colour_orders[step], size, self.recipe.view)
-            loss, right = self._step(normalise(x, inplace=True), labels[index], draws.mix[rows], uniforms)
-            losses[step] = loss
+            loss, right = self._forward(normalise(x, inplace=True), labels[index], draws.mix[rows], uniforms)
+            self._learn(loss)
+            losses[step] = loss.detach()
             hits += right
             tick()
         if self.recipe.schedule == "restarts":
             self.schedule.step()
-        weights = torch.stack(torch._foreach_norm(list(self.net.parameters()))).isfinite().all()
-        together = torch.cat([losses.double(), hits.double()[None], weights.double()[None]]).cpu()
-        return EpochResult(together[:-2].float(), int(together[-2]), steps * stage.batch, bool(together[-1]))
+        return self._result(losses, hits, steps * stage.batch)
 
-    def _step(self, x: Tensor, labels: Tensor, lam: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """Learn from one batch of normalised views; mean loss and number of right answers, on the device."""
+    def _forward(self, x: Tensor, labels: Tensor, lam: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean loss of a batch of normalised views and number of right answers, both on the device."""
         views = self.recipe.view
         x, other, share = mix(erase(x, uniforms, views), labels, lam, uniforms, views)
         with self.engine.autocast():
-            logits = self.net(x.contiguous(memory_format=torch.channels_last))
+            logits = self._net(x.contiguous(memory_format=torch.channels_last))
         logits = logits.float()
         if views.mixup or views.cutmix:
             loss = (share * self.loss(logits, labels) + (1 - share) * self.loss(logits, other)).mean()
             labels = torch.where(share >= 0.5, labels, other)
         else:
             loss = self.loss(logits, labels).mean()
-        self.optimizer.zero_grad()
+        return loss, (logits.detach().argmax(1) == labels).sum()
+
+    def _learn(self, loss: Tensor) -> None:
+        """Step down the loss's gradient."""
         loss.backward()
         self.optimizer.step()
+        self.optimizer.zero_grad()
         if self.recipe.schedule == "cosine":
             self.schedule.step()
         if self.average is not None:
-            self.average.update_parameters(self.net)
-        return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+            self.average.update()
+
+    def _result(self, losses: Tensor, hits: Tensor, samples: int) -> EpochResult:
+        """Fetch an epoch's figures from the device, all at once."""
+        together = torch.cat([losses.double(), hits.double()[None], self._all_finite().double()[None]]).cpu()
+        return EpochResult(together[:-2].float(), int(together[-2]), samples, bool(together[-1]))
+
+    def _all_finite(self) -> Tensor:
+        """Whether all numbers that a checkpoint would keep are finite: bool, 0-dim, on the device."""
+        kept = [*self.net.state_dict().values(), *self.scored.state_dict().values()]
+        kept += [value for of_parameter in self.optimizer.state.values() for value in of_parameter.values()]
+        largest = torch._foreach_norm([x for x in kept if torch.is_tensor(x) and x.is_floating_point()], math.inf)
+        return torch.stack(largest).isfinite().all()
 
     def state(self) -> dict[str, Any]:
         """Everything that continues the training, as plain values and tensors."""
         return {
             "model": self.net.state_dict(),
-            "average": None if self.average is None else self.average.module.state_dict(),
-            "averaged": 0 if self.average is None else int(self.average.n_averaged),
+            "average": None if self.average is None else self.average.net.state_dict(),
+            "averaged": 0 if self.average is None else self.average.updates,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
         }
@@ -123,8 +155,8 @@ class Learner:
         """The inverse of `state`, after `begin`. Raises RuntimeError, KeyError or ValueError where it does not fit."""
         self.net.load_state_dict(state["model"])
         if self.average is not None:
-            self.average.module.load_state_dict(state["average"])
-            self.average.n_averaged.fill_(state["averaged"])
+            self.average.net.load_state_dict(state["average"])
+            self.average.updates = state["averaged"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
 

@@ -169,7 +169,7 @@ def per_class(path: Path, matrix: np.ndarray, class_names: Sequence[str], *, tit
         low, high = wilson(int(hits[index]), int(totals[index]))
         axes.barh(place, shares[index], color=SKY, height=0.7)
         axes.plot([low, high], [place, place], color="black", lw=1.2)
-        axes.text(0.01, place, f"{shares[index]:.1%} of {totals[index]:,}", va="center", fontsize=9)
+        axes.text(1.01, place, f"{shares[index]:.1%} of {totals[index]:,}", va="center", fontsize=9)
     axes.set_yticks(range(len(order)), [_plain(class_names[index]) for index in order])
     axes.set_xlim(0, 1)
     axes.grid(False, axis="y")

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torchvision
 
 import checkpoint
 import plots
+from board import EVENT_FILES, Board
 from engine import Engine
 from errors import RunError
 from files import write_text
@@ -38,7 +40,9 @@ COLUMNS = (
     "samples_per_second",
 )
 SECONDS_BETWEEN_PLOTS = 60.0
-OWN_FILES = ("last.pt", "previous.pt", "best.pt", "config.json", "metrics.csv", "summary.json", "*.png")
+PLOTS = ("accuracy.png", "losses.png", "learning_rate.png", "views-stage*.png")
+# in the order of removal: a kill in the middle leaves a whole run or none
+OWN_FILES = ("previous.pt", "last.pt", "best.pt", "metrics.csv", "summary.json", "config.json", *PLOTS, EVENT_FILES)
 
 
 class Record:
@@ -48,6 +52,7 @@ class Record:
         self.folder, self.recipe, self.classes, self.images = folder, recipe, classes, images
         self.rows: list[dict[str, Any]] = []
         self.crossings: list[dict[str, Any]] = []
+        self._board: Board | None = None
         self._drawn = time.monotonic()
 
     @property
@@ -57,34 +62,42 @@ class Record:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The row of the highest validation accuracy, the first of equals; None without validation."""
-        scored = [row for row in self.rows if row["val_accuracy"] is not None]
-        return max(scored, key=lambda row: row["val_accuracy"], default=None)
+        """`best_row` of the rows so far."""
+        return best_row(self.rows)
 
-    def open(self, overwrite: bool) -> dict[str, Any] | None:
+    def open(self, overwrite: bool, tensorboard: bool = False) -> dict[str, Any] | None:
         """Take up the state in the folder and return it, or None where there is none or it is to be overwritten.
 
         Raises RunError where the state is unusable or of a run with other settings or images.
         """
+        self._board = Board(self.folder) if tensorboard else None
+        self._remove(f".{name}.tmp" for name in OWN_FILES)  # of a killed run; nobody else writes here now
         if overwrite:
-            self._clear()
-        state, warning = checkpoint.resume(self.folder)
+            self._remove(OWN_FILES)
+        try:
+            state, warning = checkpoint.resume(self.folder)
+        except checkpoint.Damaged as error:
+            raise RunError(f"{error}; --overwrite starts anew") from error
         if warning:
             print(f"warning: {warning}", file=sys.stderr)
         if state is not None:
-            self._compare(state)
-            self.rows, self.crossings = state["rows"], state["crossings"]
-        self._write_csv()
+            try:
+                self._compare(state)
+                self.rows, self.crossings = list(state["rows"]), list(state["crossings"])
+            except checkpoint.MISFITS as error:
+                raise RunError(f"{self.folder / 'last.pt'} is no state of a run; --overwrite starts anew") from error
+            self._follow(state)
         return state
 
-    def _clear(self) -> None:
-        for pattern in OWN_FILES:  # the states first, so that a kill leaves no half of a run
+    def _remove(self, patterns: Iterable[str]) -> None:
+        for pattern in patterns:
             for path in self.folder.glob(pattern):
                 path.unlink()
 
     def _compare(self, state: dict[str, Any]) -> None:
         now = {**_flat(self.recipe.as_dict()), "images": self.images, "classes": list(self.classes)}
-        then = {**_flat(state["recipe"]), "images": state["images"], "classes": state["classes"]}
+        recipe = Recipe.from_dict(state["recipe"]).as_dict()  # a setting that is newer than the state has its default
+        then = {**_flat(recipe), "images": state["images"], "classes": state["classes"]}
         changed = [f"{k} was {then.get(k)}, now {now.get(k)}" for k in now | then if now.get(k) != then.get(k)]
         if changed:
             raise RunError(
@@ -92,12 +105,13 @@ class Record:
                 "give the same settings, another --out, or --overwrite"
             )
 
-    def write_config(self, runtime: Runtime, engine: Engine) -> None:
+    def write_config(self, runtime: Runtime, engine: Engine, parameters: int) -> None:
         """Write `config.json`: the settings and all that they met with on this machine."""
         config = {
             "recipe": self.recipe.as_dict(),
             "runtime": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(runtime).items()},
             "images": self.images,
+            "parameters": parameters,
             **engine.as_dict(),
             "versions": {
                 "python": platform.python_version(),
@@ -113,14 +127,6 @@ class Record:
         writer.writeheader()
         writer.writerows(self.rows)
         write_text(self.folder / "metrics.csv", text.getvalue())
-
-    def _append_csv(self) -> None:
-        path = self.folder / "metrics.csv"
-        try:
-            with open(path, "a", encoding="utf-8", newline="") as file:
-                csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(self.rows[-1])
-        except OSError as error:
-            raise RunError(f"cannot write {path}: {error.strerror or error}; the same command continues") from error
 
     def draw(self, *, now: bool = True) -> None:
         """Draw the plots of the rows; with `now` false only if the last drawing is a minute old."""
@@ -152,22 +158,22 @@ class Record:
         stages = enumerate(self.recipe.stages)
         return [self.recipe.start(n) + epoch for n, stage in stages for epoch in restart_epochs(stage.epochs, *cycle)]
 
-    def commit(self, row: dict[str, Any], state: dict[str, Any], weights: dict[str, Any]) -> None:
-        """Save an epoch's row and state, and print the row: best weights, then the point of commit, then the CSV."""
+    def commit(self, row: dict[str, Any], learnt: dict[str, Any]) -> None:
+        """Save an epoch's row and the learner's state, whole or not at all, and print the row."""
         self.rows.append(row)
-        shared = {
+        state = {
+            "kind": "run",
             "recipe": self.recipe.as_dict(),
             "classes": list(self.classes),
             "images": self.images,
             "eval_size": self.recipe.stages[row["stage"] - 1].eval_size,
             "epoch": row["epoch"],
+            "rows": self.rows,
+            "crossings": self.crossings,
+            **learnt,
         }
-        if self.best is row:
-            best = {"kind": "weights", **shared, "val_accuracy": row["val_accuracy"], "model": weights}
-            checkpoint.save(self.folder / "best.pt", best)
-        run = {"kind": "run", **shared, "rows": self.rows, "crossings": self.crossings, **state}
-        checkpoint.commit(self.folder, run)
-        self._append_csv()
+        checkpoint.commit(self.folder, state)
+        self._follow(state)
         print(
             f"epoch {row['epoch']}/{self.recipe.epochs}  train loss {row['train_loss']:.3f}"
             f" accuracy {row['train_accuracy']:.1%}"
@@ -176,13 +182,21 @@ class Record:
             flush=True,
         )
 
+    def _follow(self, state: dict[str, Any]) -> None:
+        """Write what follows from a state, after it and again when it is taken up: a kill may have come between."""
+        if self.best is self.rows[-1]:
+            weights = {key: state[key] for key in ("recipe", "classes", "images", "eval_size", "epoch")}
+            weights |= {"val_accuracy": self.best["val_accuracy"], "model": state["average"] or state["model"]}
+            checkpoint.save(self.folder / "best.pt", {"kind": "weights", **weights})
+        self._write_csv()
+        if self._board is not None:
+            self._board.follow(self.rows)
+
     def finish(self, model: torch.nn.Module, engine: Engine) -> None:
         """Draw the plots, write `summary.json` and print the result, of as many epochs as there are."""
         if not self.rows:
             return
         self.draw()
-        trained = [self.recipe.stages[row["stage"] - 1].batch for row in self.rows]
-        samples = self.images["train"] * self.recipe.views
         summary = {
             "run": self.folder.name,
             "finished": self.done == self.recipe.epochs,
@@ -191,7 +205,7 @@ class Record:
             "parameters": count_parameters(model),
             "images": self.images,
             "epochs": self.done,
-            "samples": sum(samples // batch * batch for batch in trained),
+            "samples": samples_seen(self.recipe, self.images["train"], [row["stage"] for row in self.rows]),
             "last": self._result(self.rows[-1]),
             "best, selected on these images": self._result(self.best),
             "stage ends at the next stage's eval size": self.crossings,
@@ -221,6 +235,18 @@ class Record:
             "eval_size": self.recipe.stages[row["stage"] - 1].eval_size,
             "mirror": self.recipe.mirror,
         }
+
+
+def best_row(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row of the highest validation accuracy, the first of equals; None without validation."""
+    scored = (row for row in rows if row["val_accuracy"] is not None)
+    return max(scored, key=lambda row: row["val_accuracy"], default=None)
+
+
+def samples_seen(recipe: Recipe, images: int, stages: Iterable[int]) -> int:
+    """Samples trained on in epochs of these stages (from 1) over `images` images: whole batches only."""
+    batches = (recipe.stages[stage - 1].batch for stage in stages)
+    return sum(images * recipe.views // batch * batch for batch in batches)
 
 
 def duration(seconds: float) -> str:

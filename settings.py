@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from augment import Views
+from model import PARAMETER_BUDGET
 from scheduler import restart_rate, warmup_cosine_rate
 
 
@@ -71,11 +72,14 @@ class Recipe:
     seed: int = option("seed of the weights and of all views", 0, low=0, high=2**63 - 1)
     split_seed: int = option("seed of the split into training and validation images", 1337, low=0, high=2**63 - 1)
     train_on: str = option("images to train on; all keeps none for validation", "train", choices=("train", "all"))
+    val_fraction: float = option("share of each class's images that validate", 0.2, above=0.0, high=0.9)
     fold: int | None = option("train on this official fold's 1,000 images, validate on the others", None, low=0, high=9)
+    image_size: int = option("side in px to which the pictures of --images are brought", 96, low=32, high=1024)
     init: str = option("checkpoint whose weights to start from", "")
 
     layers: tuple[int, int, int] = option("blocks in each of the network's groups", (4, 9, 8), low=1, high=100)
     planes: tuple[int, int, int] = option("inner width of each group's blocks", (30, 60, 96), low=1, high=4096)
+    budget: int = option("most parameters that the network may have", PARAMETER_BUDGET, low=1, high=10**12)
     zero_init_residual: bool = option("start each residual block as the identity", False)
 
     optimizer: str = option("optimiser (sgd: Nesterov momentum 0.9)", "adam", choices=("adam", "adamw", "sgd"))
@@ -111,6 +115,11 @@ class Recipe:
             done -= stage.epochs
         raise ValueError("the recipe has no further epoch")
 
+    def size(self, done: int) -> int:
+        """Side in px of the views of the epoch that follows `done` finished epochs."""
+        number, epoch = self.locate(done)
+        return self.stages[number].size(epoch)
+
     def start(self, number: int) -> int:
         """Epochs of the stages before stage `number`, counted from 0."""
         return sum(stage.epochs for stage in self.stages[:number])
@@ -144,7 +153,12 @@ class Runtime:
     """Where a run is made, on what, and how it is shown: nothing that should decide its result."""
 
     data_dir: Path = option("folder that holds stl10_binary, or gets it", Path("data"))
-    out: Path | None = option("run folder (default: runs/RECIPE-seedSEED)", None)
+    images: Path | None = option(
+        "train on the pictures in this folder instead: one folder a class, split by --val-fraction, "
+        "or train/ and val/ that hold one folder a class each",
+        None,
+    )
+    out: Path | None = option("run folder (default: runs/RECIPE-seedSEED, with the images' and fold's names)", None)
     device: str = option("cpu, cuda, cuda:1 …; auto takes CUDA where there is any", "auto")
     threads: int = option("CPU threads; 0 leaves the choice to PyTorch", 0, low=0, high=1024)
     precision: str = option(
@@ -154,6 +168,7 @@ class Runtime:
     deterministic: bool = option("the same bits again on CUDA, at some cost in speed (a CPU needs no flag)", False)
     max_minutes: float = option("stop at the last epoch end within this time; 0 is no limit", 0.0, low=0.0, high=1e6)
     overwrite: bool = option("start anew in a run folder that holds a run", False)
+    tensorboard: bool = option("write the numbers of metrics.csv for TensorBoard too, in the run folder", False)
 
     def __post_init__(self) -> None:
         check_limits(self)
@@ -191,13 +206,13 @@ RECIPES = {
         Recipe(
             name="demo",
             stages=(
-                Stage(epochs=5, crop_size=(32,), eval_size=48, batch=64, lr=4e-3),
-                Stage(epochs=2, crop_size=(48,), eval_size=64, batch=64, lr=2e-3),
+                Stage(epochs=12, crop_size=(32,), eval_size=40, batch=64, lr=8e-3),
+                Stage(epochs=4, crop_size=(48,), eval_size=56, batch=64, lr=4e-3),
             ),
             views=1,
             layers=(1, 1, 1),
             planes=(8, 16, 32),
-            cycle=5,
+            cycle=4,
         ),
     )
 }
@@ -262,10 +277,25 @@ def parse(argv: list[str] | None = None) -> tuple[Recipe, Runtime]:
         parser.error(f"--demo and --recipe {name} exclude each other")
     recipe = RECIPES["demo" if demo else name or "original"]
     try:
-        return replace(recipe, given), Runtime(**{k: v for k, v in given.items() if k in Runtime.__dataclass_fields__})
+        recipe = replace(recipe, given)
+        runtime = Runtime(**{k: v for k, v in given.items() if k in Runtime.__dataclass_fields__})
     except ValueError as error:
         word = str(error).split(" ")[0].rstrip(":")
         parser.error(str(error).replace(word, "--" + word.replace("_", "-"), 1) if word in given else str(error))
+    if demo and runtime.images:
+        parser.error("--demo draws its own pictures; for those of --images give --recipe demo")
+    if recipe.fold is not None and (runtime.images or recipe.name == "demo"):
+        parser.error("--fold is one of STL-10's official folds: there are none of other pictures")
+    if "image_size" in given and not runtime.images:
+        parser.error("--image-size is the size of the pictures of --images; STL-10's are 96 px")
+    return recipe, runtime
+
+
+def run_folder(recipe: Recipe, runtime: Runtime) -> Path:
+    """Where the run is kept: `--out`, or a name made of what tells it from others."""
+    images = f"{runtime.images.resolve().name}-" if runtime.images else ""
+    fold = "" if recipe.fold is None else f"-fold{recipe.fold}"
+    return runtime.out or Path("runs") / f"{images}{recipe.name}{fold}-seed{recipe.seed}"
 
 
 def replace(recipe: Recipe, given: dict[str, Any]) -> Recipe:

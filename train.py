@@ -17,22 +17,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run begins there is nothing to save, nor to explain
+
 from torch import Tensor
 from tqdm import tqdm
 
 import augment
 import checkpoint
-import data
-import demo
-import download
+import dataset
 import engine
 import errors
 import files
 import plots
 import scoring
 import settings
+from data import DataSet
 from learner import EpochResult, Learner
+from model import count_parameters
 from record import Record, duration
 
 STOPPED_BY_TIME = 3  # exit status
@@ -40,96 +42,80 @@ LONG = 4 * 3600.0  # seconds
 
 
 class Stopped(Exception):
-    """A signal asks the run to end at the next step; its number is the argument."""
+    """The run is to end before its last epoch; the arguments are the reason and the exit status."""
 
 
 def main(argv: list[str] | None = None) -> int:
     recipe, runtime = settings.parse(argv)
+    deadline = time.monotonic() + (runtime.max_minutes * 60 or math.inf)
     machine = engine.start(runtime)
-    dataset = load_data(recipe, runtime)
-    train, val = split(recipe, runtime, dataset)
+    found, train, val = dataset.load(recipe, runtime.data_dir, runtime.images)
     largest = max(stage.batch for stage in recipe.stages if stage.epochs)
     if largest > len(train) * recipe.views:
         settings.build_parser().error(f"--batch {largest} is more than an epoch's {len(train) * recipe.views} samples")
-    folder = runtime.out or Path("runs") / f"{recipe.name}-seed{recipe.seed}"
-    files.make_folder(folder)
-    with checkpoint.locked(folder):
-        return Run(folder, recipe, runtime, machine, dataset, train, val).go()
-
-
-def load_data(recipe: settings.Recipe, runtime: settings.Runtime) -> data.DataSet:
-    """The recipe's training files, fetched first where they are missing."""
-    if recipe.name == "demo":
-        folder = runtime.data_dir / "demo"
-        return data.load(folder, "train", demo.make(folder), demo.DEMO_CLASSES)
     try:
-        return data.load(runtime.data_dir, "train")
-    except data.MissingFiles as missing:
-        print(missing)
-        download.fetch(runtime.data_dir)
-        return data.load(runtime.data_dir, "train")
-
-
-def split(recipe: settings.Recipe, runtime: settings.Runtime, dataset: data.DataSet) -> tuple[Tensor, Tensor]:
-    """Indices of the images to train on and of those to validate on (none with train_on all)."""
-    if recipe.train_on == "all":
-        return torch.arange(len(dataset.labels)), torch.arange(0)
-    if recipe.fold is not None:
-        return data.fold_indices(runtime.data_dir, recipe.fold, len(dataset.labels))
-    return data.split_indices(dataset.labels, recipe.split_seed)
+        learner = Learner(recipe, len(found.classes), machine)
+    except ValueError as error:
+        settings.build_parser().error(str(error))
+    record = Record(settings.run_folder(recipe, runtime), recipe, found.classes, dataset.identity(found, train, val))
+    files.make_folder(record.folder)
+    with checkpoint.locked(record.folder):
+        return Run(runtime, learner, record, found, train, val).go(deadline)
 
 
 class Run:
     """One run: the recipe, the machine, the data on it, what is learnt, and the record of it."""
 
     def __init__(
-        self,
-        folder: Path,
-        recipe: settings.Recipe,
-        runtime: settings.Runtime,
-        machine: engine.Engine,
-        dataset: data.DataSet,
-        train: Tensor,
-        val: Tensor,
+        self, runtime: settings.Runtime, learner: Learner, record: Record, found: DataSet, train: Tensor, val: Tensor
     ) -> None:
-        self.recipe, self.runtime, self.machine, self.train = recipe, runtime, machine, train
-        self.images, self.labels = dataset.images.to(machine.device), dataset.labels.to(machine.device)
-        self.val = val.to(machine.device)
-        self.learner = Learner(recipe, len(dataset.classes), machine)
-        self.record = Record(folder, recipe, dataset.classes, {"train": len(train), "val": len(val)})
+        self.runtime, self.learner, self.record, self.train = runtime, learner, record, train
+        self.recipe, self.machine = learner.recipe, learner.engine
+        device = self.machine.device
+        self.images, self.labels, self.val = found.images.to(device), found.labels.to(device), val.to(device)
         self.signal = 0
 
-    def go(self) -> int:
-        """Begin or continue, train to the end of the recipe, and say what came of it. Returns the exit status."""
-        started, status = time.monotonic(), 0
-        limit = self.runtime.max_minutes * 60
+    def go(self, deadline: float) -> int:
+        """Begin or continue, train to the end of the recipe or the deadline, and say what came of it.
+
+        `deadline`: on the clock of `time.monotonic`. Returns the exit status.
+        """
+        record, recipe, status = self.record, self.recipe, 0
         self.open()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
         try:
-            while self.record.done < self.recipe.epochs:
-                seconds = self.epoch(*self.recipe.locate(self.record.done))
-                if limit and self.record.done < self.recipe.epochs and time.monotonic() - started + seconds > limit:
-                    print(f"stopped: another epoch would overrun --max-minutes {self.runtime.max_minutes:g}")
-                    status = STOPPED_BY_TIME
-                    break
+            while record.done < recipe.epochs:
+                seconds = self.epoch(*recipe.locate(record.done))
+                self.look_at_clock(seconds, deadline)
         except Stopped as stop:
-            print(f"stopped by {signal.Signals(stop.args[0]).name}; the epoch in flight is dropped")
-            status = 128 + stop.args[0]
-        self.record.finish(self.learner.net, self.machine)
+            reason, status = stop.args
+            print(f"stopped: {reason}")
+        record.finish(self.learner.net, self.machine)
         if status:
-            print("the same command continues this run")
+            without = " without --overwrite" if self.runtime.overwrite else ""
+            print(f"the same command{without} continues this run")
         return status
 
     def on_signal(self, number: int, _: Any) -> None:
         """Remember the signal for the end of the step; a second one ends the process at once."""
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        for either in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(either, signal.SIG_DFL)
+
+    def look_at_clock(self, seconds: float, deadline: float) -> None:
+        """Raise Stopped where the next epoch, judged by the `seconds` of the last one, would end after the deadline."""
+        done = self.record.done
+        if done < self.recipe.epochs:
+            seconds *= (self.recipe.size(done) / self.recipe.size(done - 1)) ** 2
+            if time.monotonic() + seconds > deadline:
+                limit = f"--max-minutes {self.runtime.max_minutes:g}"
+                raise Stopped(f"another epoch would overrun {limit}", STOPPED_BY_TIME)
 
     def open(self) -> None:
         """Take up the run folder's state, or set up a fresh one, and say how things stand."""
         record, recipe, learner = self.record, self.recipe, self.learner
-        state = record.open(self.runtime.overwrite)
+        state = record.open(self.runtime.overwrite, self.runtime.tensorboard)
         if record.done == recipe.epochs:
             print("this run is finished; --overwrite starts anew")
             return
@@ -142,10 +128,10 @@ class Run:
             if epoch:
                 learner.begin(recipe.stages[number], len(self.train))
                 learner.restore(state)
-        except (RuntimeError, KeyError, ValueError) as error:
+        except checkpoint.MISFITS as error:
             source = recipe.init if state is None else record.folder / "last.pt"
-            raise errors.RunError(f"{source} does not fit this network: {str(error).splitlines()[0]}") from error
-        record.write_config(self.runtime, self.machine)
+            raise errors.RunError(f"{source} does not fit this network: {checkpoint.first_words(error)}") from error
+        record.write_config(self.runtime, self.machine, count_parameters(learner.net))
         seconds = self.machine.predict_seconds(recipe, learner.net, len(self.train), record.done)
         print(f"{record.folder}: {recipe.name}, {record.done} of {recipe.epochs} epochs done")
         print(f"{self.machine}: predicted {duration(seconds)} for the remaining epochs")
@@ -182,7 +168,7 @@ class Run:
         if epoch + 1 == stage.epochs and after is not None and len(self.val):
             _, accuracy = self.validate(after.eval_size)
             record.crossings.append({"epoch": row["epoch"], "eval_size": after.eval_size, "val_accuracy": accuracy})
-        record.commit(row, learner.state(), learner.scored.state_dict())
+        record.commit(row, learner.state())
         record.draw(now=False)
         if epoch == 0 and stage.epochs > 1:
             rest = sum(stage.size(e) ** 2 for e in range(1, stage.epochs)) / size**2 * row["seconds"]
@@ -201,7 +187,8 @@ class Run:
             def tick() -> None:
                 bar.update()
                 if self.signal:
-                    raise Stopped(self.signal)
+                    name = signal.Signals(self.signal).name
+                    raise Stopped(f"{name} came; the epoch in flight is dropped", 128 + self.signal)
 
             return self.learner.train_epoch(self.images, self.labels, draws, stage, size, tick)
 
@@ -225,15 +212,16 @@ class Run:
         if len(bad):
             what = f"the loss of step {int(bad[0]) + 1}"
         elif not result.finite:
-            what = "a weight after the last step"
+            what = "a weight, running statistic or optimiser value after the last step"
         elif val_loss is not None and not math.isfinite(val_loss):
             what = "the validation loss"
         else:
             return
-        raise errors.RunError(
-            f"{what} of epoch {self.record.done + 1} is not a finite number; the state before that epoch is kept in "
-            f"{self.record.folder}. Try a lower --lr, a longer --warmup or --precision fp32"
-        )
+        folder, done = self.record.folder, self.record.done
+        way_out = "Try a lower --lr or --precision fp32"
+        if done:
+            way_out += f", with another --out; --init {folder / 'last.pt'} starts from the weights of epoch {done}"
+        raise errors.RunError(f"{what} of epoch {done + 1} is not a finite number, so the run has stopped. {way_out}")
 
     def sheet(self, draws: augment.Draws, number: int, size: int) -> None:
         """Draw the first views of a stage, as the network will see them."""

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 import scoring
-from augment import normalise
+from augment import Views, draw, normalise, view
 
 
 @pytest.fixture
@@ -162,3 +163,50 @@ def test_calibration_extremes():
     sure = F.one_hot(torch.arange(10) % 3, 3).float()
     assert scoring.calibration_error(sure, torch.arange(10) % 3) == 0
     assert scoring.calibration_error(sure, (torch.arange(10) + 1) % 3) == 1
+
+
+def test_views_of_an_image_are_averaged(images):
+    """Of 24 px, crops of 7/8 are 21 px wide, their places 0, 1 and 3."""
+    model = Tiny().eval()
+    parts = [images] + [images[:, :, y : y + 21, x : x + 21] for y, x in ((0, 0), (0, 3), (3, 0), (3, 3), (1, 1))]
+    every = [scoring.logits(model, view, 20) for part in parts for view in (part, part.flip(-1))]
+    multi = scoring.view_logits(model, images, 20, "multi").softmax(1)
+    torch.testing.assert_close(multi, torch.stack(every).softmax(-1).mean(0), atol=1e-5, rtol=1e-4)
+    for views, expected in (("none", every[0]), ("mirror", scoring.average(every[:2]))):
+        torch.testing.assert_close(scoring.view_logits(model, images, 20, views), expected, atol=1e-6, rtol=1e-5)
+    assert set(scoring.VIEWS) == {"none", "mirror", "multi"}
+
+
+def test_the_originals_scoring_is_its_validation_loop(images):
+    """20 views of each of 7 images, in train mode, four batches of 32; the last 12 views are dropped."""
+    model, ticks = Tiny().eval(), []
+    before = copy.deepcopy(model.state_dict())
+    scores, index = scoring.original_logits(model, images, 20, 32, tick=ticks.append)
+    assert scores.shape == (128, 5) and index.shape == (128,) and ticks == [32] * 4
+    assert not model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    draws, reference = draw(torch.arange(7), 20, 32, Views(), (0,)), Tiny().train()
+    assert torch.equal(index, draws.order[:128]) and torch.bincount(draws.order).tolist() == [20] * 7
+    for step in range(4):
+        rows = slice(32 * step, 32 * step + 32)
+        x = view(images[index[rows]], draws.uniforms[rows], draws.colour_orders[step], 20, Views())
+        with torch.no_grad():
+            torch.testing.assert_close(scores[rows], reference(normalise(x)), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(scores[rows], scoring.logits(Tiny(), images, 20)[index[rows]], atol=0.1)
+
+
+def test_the_originals_scoring_needs_a_full_batch(images):
+    assert len(scoring.original_logits(Tiny(), images, 20, 140)[0]) == 140
+    with pytest.raises(ValueError, match="140 views do not fill a batch of 141"):
+        scoring.original_logits(Tiny(), images, 20, 141)
+
+
+def test_figures_by_hand():
+    """Four predictions for two images, of which three are right; class c has none."""
+    shares = torch.tensor([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.8, 0.1, 0.1], [0.1, 0.9, 0.0001]])
+    found = scoring.figures((shares / shares.sum(1, keepdim=True)).log(), torch.tensor([0, 0, 1, 1]), "abc", 2)
+    assert found["loss"] == pytest.approx(-math.log(0.7 * 0.6 * 0.1 * 0.9) / 4, abs=1e-4)
+    assert found["accuracy"] == 0.75 and found["images"] == 2 and found["predictions"] == 4
+    assert found["per_class"] == {"a": 1.0, "b": 0.5, "c": None}
+    assert found["interval_95"] == list(scoring.wilson(2, 2))  # 0.75 of two images, rounded to whole ones
+    # bins of a fifteenth: 0.6 (0.533 to 0.6] and 0.7 and 0.8 (0.733 to 0.8] and 0.9 stand alone
+    assert found["calibration_error"] == pytest.approx((0.4 + 0.3 + 0.8 + 0.1) / 4, abs=1e-4)

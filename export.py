@@ -1,0 +1,231 @@
+#!/usr/bin/env python3
+"""Take a trained network elsewhere: ONNX, torch.export, or half-precision weights to be passed on.
+
+    python3 export.py runs/original-seed0               # model.onnx and model.pt2, in the run folder
+    python3 export.py best.pt --format weights          # model.pt, of half the size, for every command of this project
+
+Both exchange formats take RGB pixels from 0 to 255 as float32 (N, 3, H, W), of any number and any size from 32 px, and
+give logits (N, classes): the normalisation is inside, the resizing is not. Each file is loaded back and compared with
+the network that it was made of before it gets its name.
+"""
+
+import argparse
+import contextlib
+import copy
+import importlib.util
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import augment
+import checkpoint
+import dataset
+import demo
+import errors
+import files
+import scoring
+from checkpoint import Trained
+from errors import RunError
+from model import SMALLEST_INPUT
+
+ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+COUNTS = (1, 8)  # images in the batches that are compared
+
+Classify = Callable[[Tensor], Tensor]  # float32 pixels (N, 3, H, W), 0 … 255, to logits (N, K)
+
+
+class Classifier(nn.Module):
+    """A network behind its own normalisation: float32 pixels (N, 3, H, W), 0 … 255, to logits (N, K)."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("mean", 255 * torch.tensor(augment.MEAN).view(3, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(augment.STD).view(3, 1, 1))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.net((pixels - self.mean) / self.std)
+
+
+class Format(NamedTuple):
+    """A kind of file: how it is written and read back, and how far its logits may be off, as a share of the largest."""
+
+    file: str
+    write: Callable[[Trained, Path], None]
+    read: Callable[[Path], Classify]
+    tolerance: float
+
+
+def main(argv: list[str] | None = None) -> int:
+    given = build_parser().parse_args(argv)
+    trained = checkpoint.load_network(given.checkpoint)
+    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if "onnx" in given.format and missing:
+        raise RunError(f"--format onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    out = given.out or (given.checkpoint if given.checkpoint.is_dir() else given.checkpoint.parent)
+    files.make_folder(out)
+    images, origin = sample(trained, given.checkpoint, given.data_dir, given.images)
+    sizes = (trained.eval_size, trained.eval_size + 32)
+    print(f"comparing on {origin}, {' and '.join(map(str, COUNTS))} at a time, at {sizes[0]} and {sizes[1]} px")
+    for name in dict.fromkeys(given.format):
+        export(trained, name, out, images, sizes)
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of `export.py`."""
+    parser = argparse.ArgumentParser(
+        prog="export.py", description="Write a trained network in formats for use elsewhere.", allow_abbrev=False
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint file or run folder")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: beside the checkpoint)")
+    parser.add_argument(
+        "--format", nargs="+", choices=FORMATS, default=["onnx", "torch"], help="formats (default: onnx torch)"
+    )
+    told = "of the images to compare on (default: where the run had them)"
+    parser.add_argument("--data-dir", type=Path, metavar="FOLDER", help=f"folder {told}")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help=f"folder, as given to train.py, {told}")
+    return parser
+
+
+def sample(trained: Trained, path: Path, data_dir: Path | None, images: Path | None) -> tuple[Tensor, str]:
+    """Images uint8 (N, 3, H, W) to compare on, and what they are: the run's own or, where those are not, drawn ones."""
+    its_data_dir, its_images = dataset.places(path)
+    try:
+        found, train, val = dataset.of_trained(trained, data_dir or its_data_dir, images or its_images)
+    except RunError:
+        if data_dir or images:
+            raise
+        drawn = torch.from_numpy(demo.draw("test", 1)[0]).transpose(2, 3)
+        return drawn[: max(COUNTS)], "pictures drawn by the program, as the run's are not here"
+    kind, indices = ("validation", val) if len(val) else ("training", train)
+    return found.images[indices[: max(COUNTS)]], f"{kind} images of the run"
+
+
+def export(trained: Trained, name: str, out: Path, images: Tensor, sizes: tuple[int, ...]) -> None:
+    """Write one format's file, unless its logits are off: then RunError is raised and an older file stays."""
+    form = FORMATS[name]
+    path = out / form.file
+    with files.replacing(path) as temporary:
+        with quiet():
+            form.write(trained, temporary)
+            difference, largest = compare(form.read(temporary), trained.model, images, sizes)
+        told = f"largest difference {difference:.1e} of logits up to {largest:.1f}"
+        if not difference <= form.tolerance * max(1.0, largest):  # nan is refused as well
+            raise RunError(f"{path} was not written, as it does not agree with the network: {told}")
+        megabytes = temporary.stat().st_size / 1e6
+    print(f"{path}, {megabytes:.1f} MB: {told}")
+
+
+def compare(classify: Classify, model: nn.Module, images: Tensor, sizes: tuple[int, ...]) -> tuple[float, float]:
+    """Largest difference between the logits of `classify` and those that the project scores, and the largest logit."""
+    differences, logits = [], []
+    for size in sizes:
+        for count in COUNTS:
+            logits.append(scoring.logits(model, images[:count], size))
+            differences.append(classify(scoring.resize(images[:count], size) * 255) - logits[-1])
+    return torch.cat(differences).abs().max().item(), torch.cat(logits).abs().max().item()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the exporters' own talk from the terminal; what goes wrong still raises."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def metadata(trained: Trained) -> dict[str, str]:
+    """What the user of a file must know, as text."""
+    return {
+        "input": f"RGB pixels from 0 to 255, float32 (N, 3, H, W), from {SMALLEST_INPUT} px",
+        "output": "logits, float32 (N, classes)",
+        "classes": json.dumps(trained.classes),
+        "eval_size": str(trained.eval_size),
+        "recipe": trained.recipe.name,
+        "epoch": str(trained.epoch),
+    } | ({"val_accuracy": str(trained.val_accuracy)} if trained.selected else {})
+
+
+def _program(trained: Trained) -> torch.export.ExportedProgram:
+    """The network for any batch and size; in PyTorch 2.11 for even sizes only, or odd ones where eval_size is odd."""
+    classifier = Classifier(copy.deepcopy(trained.model)).to(memory_format=torch.contiguous_format).eval()
+    example = torch.zeros(2, 3, trained.eval_size, trained.eval_size)
+    side = torch.export.Dim.AUTO(min=SMALLEST_INPUT)
+    shapes = {"pixels": {0: torch.export.Dim("batch"), 2: side, 3: side}}
+    return torch.export.export(classifier.requires_grad_(False), (example,), dynamic_shapes=shapes)
+
+
+def _write_torch(trained: Trained, path: Path) -> None:
+    with open(path, "wb") as file:
+        torch.export.save(_program(trained), file, extra_files={"metadata.json": json.dumps(metadata(trained))})
+
+
+def _read_torch(path: Path) -> Classify:
+    with open(path, "rb") as file:
+        return torch.export.load(file).module()
+
+
+def _write_onnx(trained: Trained, path: Path) -> None:
+    program = torch.onnx.export(
+        _program(trained),
+        input_names=["pixels"],
+        output_names=["logits"],
+        dynamic_shapes={"pixels": {0: "batch", 2: "height", 3: "width"}},  # names only: they are dynamic already
+        dynamo=True,
+        verbose=False,
+    )
+    program.model.metadata_props.update(metadata(trained))
+    path.write_bytes(program.model_proto.SerializeToString())
+
+
+def _read_onnx(path: Path) -> Classify:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda pixels: torch.from_numpy(session.run(["logits"], {"pixels": pixels.numpy()})[0])
+
+
+def _write_weights(trained: Trained, path: Path) -> None:
+    """A checkpoint whose matrices are in half precision; vectors, which are small, keep theirs."""
+    weights = {name: value.half() if value.ndim > 1 else value for name, value in trained.model.state_dict().items()}
+    payload = {
+        "kind": "weights",
+        "recipe": trained.recipe.as_dict(),
+        "classes": list(trained.classes),
+        "images": trained.images,
+        "eval_size": trained.eval_size,
+        "epoch": trained.epoch,
+        "val_accuracy": trained.val_accuracy,
+        "model": weights,
+    }
+    checkpoint.save(path, payload)
+
+
+def _read_weights(path: Path) -> Classify:
+    return torch.no_grad()(Classifier(checkpoint.load_network(path).model))
+
+
+FORMATS = {
+    "onnx": Format("model.onnx", _write_onnx, _read_onnx, 1e-4),
+    "torch": Format("model.pt2", _write_torch, _read_torch, 1e-4),
+    "weights": Format("model.pt", _write_weights, _read_weights, 1e-2),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(errors.report(main))

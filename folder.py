@@ -1,0 +1,152 @@
+"""A data set of one's own: a folder of pictures for each class, brought to squares once and held as one tensor.
+
+`DIR/CLASS/…` is split by the recipe; `DIR/train/CLASS/…` and `DIR/val/CLASS/…` are taken as they are, and
+`DIR/test/CLASS/…` may stand beside them. The squares are kept in a hidden file beside the class folders, and made anew
+when a picture's name, size or time of change is no longer what it was.
+"""
+
+import hashlib
+import json
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+import pictures
+from data import DataSet
+from errors import RunError
+from files import replacing
+
+VERSION = 1  # of what `pictures.open_square` gives: squares kept by another version are made anew
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test"}
+
+
+class Listing(NamedTuple):
+    """The pictures below a folder of class folders, class after class; `labels` int64 (N,)."""
+
+    folder: Path
+    classes: tuple[str, ...]
+    paths: list[Path]
+    labels: Tensor
+
+
+def load(folder: Path, size: int) -> tuple[DataSet, tuple[Tensor, Tensor] | None]:
+    """All pictures of a folder at `size` px, and (train, val) indices, int64, where the folder itself splits them.
+
+    Prints a line on what is left out. Raises RunError for fewer than two classes, a class without pictures, a file
+    that cannot be opened, and a picture that is there under two classes or in both train and val.
+    """
+    names = ("train", "val") if all((folder / name).is_dir() for name in ("train", "val")) else (".",)
+    listings = [_list(folder / name) for name in names]
+    one_sided = set(listings[0].classes) ^ set(listings[-1].classes)
+    if one_sided:
+        raise RunError(f"class {min(one_sided)} is in only one of {folder / 'train'} and {folder / 'val'}")
+    images = torch.cat([_squares(listing, size) for listing in listings])
+    labels = torch.cat([listing.labels for listing in listings])
+    part = torch.arange(len(names)).repeat_interleave(torch.tensor([len(listing.paths) for listing in listings]))
+    kept = _distinct(images, labels, part, [path for listing in listings for path in listing.paths])
+    images, labels, part = images[kept], labels[kept], part[kept]
+    digest = hashlib.sha256(images.numpy().data)
+    digest.update(labels.numpy().data)
+    split = tuple((part == number).nonzero()[:, 0] for number in (0, 1)) if len(names) == 2 else None
+    return DataSet(images, labels, listings[0].classes, digest.hexdigest()), split
+
+
+def load_test(folder: Path, size: int) -> DataSet:
+    """The pictures of `folder`/test at `size` px. Raises RunError as `load` does, and where there is no such folder."""
+    listing = _list(folder / "test")
+    return DataSet(_squares(listing, size), listing.labels, listing.classes)
+
+
+def _list(folder: Path) -> Listing:
+    try:
+        entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise RunError(f"cannot read the folder {folder}: {error.strerror or error}") from error
+    folders = [path for path in entries if path.is_dir()]
+    classes = tuple(path.name for path in folders)
+    if len(classes) < 2:
+        found = f"one class only ({classes[0]})" if classes else "no class folders"
+        raise RunError(f"{folder} holds {found}; it takes a folder of pictures for each of two or more classes")
+    if SPLIT_NAMES.issuperset(classes):
+        raise RunError(f"{folder} holds {' and '.join(classes)}; a split as given takes train and val, by these names")
+    members = [pictures.find(path) for path in folders]
+    for name, paths in zip(classes, members, strict=True):
+        if not paths:
+            raise RunError(f"class {name} has no pictures: {folder / name} holds no file of a known kind")
+    others = [path for path in folder.rglob("[!.]*") if path.is_file() and path.suffix.lower() not in pictures.SUFFIXES]
+    if others:
+        print(f"{folder}: {len(others)} file(s) passed over, not pictures by their names ({min(others)} …)")
+    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(paths) for paths in members]))
+    return Listing(folder, classes, [path for paths in members for path in paths], labels)
+
+
+def _squares(listing: Listing, size: int) -> Tensor:
+    """The listed pictures as uint8 (N, 3, size, size), from the file that keeps them if it is of these very files."""
+    kept = listing.folder / f".squares-{size}px.npz"
+    fingerprint = _fingerprint(listing, size)
+    try:
+        with np.load(kept) as archive:  # a zip file, read with its checksums
+            if str(archive["fingerprint"]) == fingerprint:
+                return torch.from_numpy(archive["images"])
+    except Exception:  # on damaged files it raises anything from OSError to NotImplementedError
+        pass
+    images = _open(listing.paths, size)
+    try:
+        with replacing(kept) as temporary, open(temporary, "wb") as file:
+            np.savez(file, fingerprint=np.array(fingerprint), images=images.numpy())
+    except RunError as error:
+        print(f"the pictures will be opened anew each time, as their squares cannot be kept: {error}")
+    return images
+
+
+def _fingerprint(listing: Listing, size: int) -> str:
+    status = [(path, path.stat()) for path in listing.paths]
+    files = [(path.relative_to(listing.folder).as_posix(), s.st_size, s.st_mtime_ns) for path, s in status]
+    return hashlib.sha256(json.dumps([VERSION, size, files]).encode()).hexdigest()
+
+
+def _open(paths: list[Path], size: int) -> Tensor:
+    """Open the pictures on as many threads as PyTorch uses. Raises RunError that names the first that is broken."""
+    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+    broken: list[RunError] = []
+
+    def read(index: int) -> None:
+        try:
+            images[index] = pictures.open_square(paths[index], size)
+        except RunError as error:
+            broken.append(error)
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        # open_square sets these two as well, but threads undo each other's filters
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        list(tqdm(pool.map(read, range(len(paths))), "opening pictures", len(paths), leave=False, disable=None))
+    if broken:
+        more = f", and so with {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise RunError(f"{min(map(str, broken))}{more}; repair it or take it out of the folder")
+    return images
+
+
+def _distinct(images: Tensor, labels: Tensor, part: Tensor, paths: list[Path]) -> Tensor:
+    """Indices of the pictures without repetitions within a class and part; any other repetition raises RunError."""
+    first: dict[bytes, int] = {}
+    repeated = []
+    for index, image in enumerate(images.numpy()):
+        other = first.setdefault(hashlib.sha256(image.data).digest(), index)
+        if labels[other] != labels[index] or part[other] != part[index]:
+            where = "train and val" if part[other] != part[index] else "two classes"
+            raise RunError(f"{paths[other]} and {paths[index]} are one picture in {where}; take it out of one of them")
+        if other != index:
+            repeated.append(index)
+    if repeated:
+        print(f"{len(repeated)} picture(s) passed over that are there twice in a class ({paths[repeated[0]]} …)")
+    kept = torch.ones(len(paths), dtype=torch.bool)
+    kept[repeated] = False
+    return kept.nonzero()[:, 0]

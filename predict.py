@@ -1,0 +1,187 @@
+#!/usr/bin/env python3
+"""Say what a trained network sees in pictures.
+
+python3 predict.py runs/original-seed0 holiday.jpg
+python3 predict.py runs/original-seed0 pictures/ --sheet sheet.png --csv predictions.csv
+"""
+
+import argparse
+import csv
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import checkpoint
+import commands
+import errors
+import files
+import pictures
+import plots
+import scoring
+from checkpoint import Trained
+from engine import Engine
+from errors import RunError
+
+BATCH = 64  # pictures that are scored together
+ON_SHEET = 120  # pictures
+NAME_LENGTH = 22  # characters of a file's name that fit under its picture
+
+
+class Prediction(NamedTuple):
+    """The likeliest classes of a picture with their probabilities, best first; `square` is what the network saw."""
+
+    file: str
+    choices: list[tuple[str, float]]
+    square: Tensor | None
+
+
+def main(argv: list[str] | None = None) -> int:
+    line = build_parser()
+    given = line.parse_args(argv)
+    if given.sheet and given.sheet.suffix.lower() != ".png":
+        line.error(f"--sheet writes a PNG file: {given.sheet} should end in .png")
+    machine = commands.start(line, given)
+    trained = checkpoint.load_network(checkpoint.weights_file(given.network, given.last))
+    trained.model.to(machine.device)
+    paths, skipped = gather(given.pictures)
+    predictions = predict(trained, paths, given.top, machine, skipped, squares=ON_SHEET if given.sheet else 0)
+    if not predictions:
+        raise RunError("there is no picture to look at" if not paths else "none of the files is a usable picture")
+    print(table(predictions))
+    if given.csv:
+        files.write_text(given.csv, as_csv(predictions))
+    if given.json:
+        files.write_text(given.json, as_json(predictions, skipped, trained))
+    if given.sheet:
+        draw_sheet(given.sheet, predictions, trained)
+    return 1 if skipped else 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    line = commands.parser(
+        "predict.py",
+        "Say what a trained network sees in pictures. Of each it sees the largest centred square, as small as the "
+        "pictures that it was trained on, scored as the run was validated; what is transparent lies on white. The exit "
+        "status is 1 where a picture had to be skipped.",
+    )
+    line.add_argument("network", type=Path, metavar="RUN_OR_CHECKPOINT", help="run folder or checkpoint")
+    line.add_argument(
+        "pictures",
+        nargs="+",
+        type=Path,
+        metavar="PICTURE",
+        help="picture of any kind that Pillow opens, or folder of them",
+    )
+    line.add_argument(
+        "--top", type=commands.whole_number(1, 1000), default=2, metavar="N", help="classes to tell (default: 2)"
+    )
+    line.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV too")
+    line.add_argument("--json", type=Path, metavar="FILE", help="write it as JSON, with the files that were skipped")
+    line.add_argument(
+        "--sheet", type=Path, metavar="FILE", help=f"draw the first {ON_SHEET} pictures with class and confidence (PNG)"
+    )
+    return line
+
+
+def gather(given: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:
+    """The files that are named, and all pictures in the folders that are; folders without any, with the reason."""
+    paths, skipped = [], {}
+    for path in given:
+        found = pictures.find(path) if path.is_dir() else [path]
+        paths += found
+        if not found:
+            skip(skipped, path, f"{path} holds no pictures")
+    return list(dict.fromkeys(paths)), skipped
+
+
+def skip(skipped: dict[str, str], path: Path, reason: str) -> None:
+    """Note a path that is passed over, and say so on stderr at once, above a progress bar if there is one."""
+    skipped[commands.printable(path)] = reason
+    tqdm.write(f"skipped: {reason}", file=sys.stderr)
+
+
+def predict(
+    trained: Trained, paths: Sequence[Path], top: int, machine: Engine, skipped: dict[str, str], squares: int = 0
+) -> list[Prediction]:
+    """Look at each picture; those that cannot be opened are added to `skipped`. The first `squares` squares are kept.
+
+    A picture is first brought to the size of the training images: enlarged from there it has the sharpness that the
+    network knows.
+    """
+    predictions: list[Prediction] = []
+    with tqdm(total=len(paths), unit="picture", leave=False, disable=None) as bar:
+        for start in range(0, len(paths), BATCH):
+            opened = {}
+            for path in paths[start : start + BATCH]:
+                try:
+                    opened[path] = pictures.open_square(path, trained.recipe.image_size)
+                except RunError as error:
+                    skip(skipped, path, str(error))
+                bar.update()
+            if not opened:
+                continue
+            batch = torch.stack(list(opened.values()))
+            views = {"mirror": trained.recipe.mirror, "precision": machine.precision}
+            scores = scoring.logits(trained.model, batch.to(machine.device), trained.eval_size, **views)
+            best = scores.softmax(1).topk(min(top, len(trained.classes)))
+            for path, shares, labels in zip(opened, best.values.tolist(), best.indices.tolist(), strict=True):
+                choices = [(trained.classes[label], share) for label, share in zip(labels, shares, strict=True)]
+                square = opened[path] if len(predictions) < squares else None
+                predictions.append(Prediction(commands.printable(path), choices, square))
+    return predictions
+
+
+def table(predictions: Sequence[Prediction]) -> str:
+    """File, class, confidence and the other choices, a line a picture."""
+    others = range(2, len(predictions[0].choices) + 1)
+    header = ["file", "class", "confidence", *(f"choice {number}" for number in others)]
+    rows = []
+    for file, ((name, share), *rest), _ in predictions:
+        rows.append([file, name, f"{share:.1%}", *(f"{other} {its_share:.1%}" for other, its_share in rest)])
+    return commands.table(header, rows)
+
+
+def as_csv(predictions: Sequence[Prediction]) -> str:
+    """The same with numbers from 0 to 1."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    numbers = range(1, len(predictions[0].choices) + 1)
+    writer.writerow(["file", *(f"{what}_{number}" for number in numbers for what in ("class", "confidence"))])
+    for file, choices, _ in predictions:
+        writer.writerow([file, *(value for name, share in choices for value in (name, f"{share:.6f}"))])
+    return text.getvalue()
+
+
+def as_json(predictions: Sequence[Prediction], skipped: dict[str, str], trained: Trained) -> str:
+    """The same with what was skipped and why, and how the pictures were scored."""
+    seen = [
+        {"file": file, "choices": [{"class": name, "confidence": share} for name, share in choices]}
+        for file, choices, _ in predictions
+    ]
+    how = {"checkpoint": str(trained.file), "size": trained.eval_size, "mirror": trained.recipe.mirror}
+    left_out = [{"file": file, "reason": reason} for file, reason in skipped.items()]
+    return json.dumps({**how, "pictures": seen, "skipped": left_out}, indent=2) + "\n"
+
+
+def draw_sheet(path: Path, predictions: Sequence[Prediction], trained: Trained) -> None:
+    shown = [prediction for prediction in predictions if prediction.square is not None]
+    titles = []
+    for file, ((name, share), *_), _ in shown:
+        short = Path(file).name
+        short = short if len(short) <= NAME_LENGTH else short[: NAME_LENGTH - 1] + "…"
+        titles.append(f"{name} {share:.0%}\n{short}")
+    first = "" if len(shown) == len(predictions) else f"the first {len(shown)} of "
+    heading = f"{trained.file.parent.name}/{trained.file.name}: {first}{len(predictions):,} pictures"
+    squares = torch.stack([prediction.square for prediction in shown]).numpy()
+    plots.sample_sheet(path, squares, titles, columns=6, heading=heading)
+
+
+if __name__ == "__main__":
+    sys.exit(errors.report(main))

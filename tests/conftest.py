@@ -1,0 +1,51 @@
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+import demo
+import train
+
+
+@pytest.fixture
+def stl10_dir() -> Path:
+    """The folder that holds the official `stl10_binary/`; the test is skipped where there is none."""
+    if "STL10_DIR" not in os.environ:
+        pytest.skip("needs the official files: set STL10_DIR to the folder that holds stl10_binary/")
+    return Path(os.environ["STL10_DIR"])
+
+
+def shrink_demo(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(demo, "IMAGES_PER_CLASS", {"train": 20, "test": 5})
+
+
+@pytest.fixture
+def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's pictures as the tiny runs know them: 160 train, 40 val and 50 test images."""
+    shrink_demo(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folders of two finished runs of seeds 0 and 1 on the small demo: three epochs, then one, of a tiny network."""
+    root = tmp_path_factory.mktemp("tiny")
+    settings = "--epochs 3 1 --crop-size 32 32 --eval-size 32 40 --batch 32 32 --lr 0.02 0.01 --planes 4 4 8 --vflip 0"
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            shrink_demo(patch)
+            for seed in "01":
+                place = ["--data-dir", f"{root / 'data'}", "--out", f"{root / f'seed{seed}'}"]
+                flags = ["--demo", "--seed", seed, "--threads", "1", "--precision", "fp32", "--no-compile"]
+                assert train.main([*flags, *settings.split(), *place]) == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return root / "seed0", root / "seed1"
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_runs: tuple[Path, Path]) -> Path:
+    """The first of the two: its `best.pt`, `last.pt`, `config.json`, `metrics.csv` … are to be read, not changed."""
+    return tiny_runs[0]

@@ -1,0 +1,313 @@
+"""Checkpoints that are damaged, foreign or hostile: refused with a reason, and never run."""
+
+import os
+import pickle
+import random
+import shutil
+import signal
+import zipfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import faults
+import pytest
+import torch
+
+import checkpoint
+import errors
+import plots
+import train
+from checkpoint import Damaged
+from errors import RunError
+
+FLAGS = "--demo --threads 1 --precision fp32 --no-compile --epochs 3 1 --crop-size 32 32 --eval-size 32 40"
+FLAGS += " --batch 32 32 --lr 0.02 0.01 --planes 4 4 8 --vflip 0"  # as in conftest.py
+
+
+@pytest.fixture(autouse=True)
+def training_in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figure)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def folder(tiny_run: Path, tmp_path: Path) -> Path:
+    """A finished run of one's own."""
+    return Path(shutil.copytree(tiny_run, tmp_path / tiny_run.name))
+
+
+def continued(folder: Path, tiny_run: Path, *flags: str) -> int:
+    """The exit status of the command that `folder`'s run was made by."""
+    argv = [*FLAGS.split(), "--seed", "0", "--data-dir", str(tiny_run.parent / "data"), "--out", str(folder), *flags]
+    return errors.report(partial(train.main, argv))
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    """Give a checkpoint other values, whole and with right checksums."""
+    torch.save(torch.load(path, weights_only=True) | changes, path)
+
+
+def error(capsys: pytest.CaptureFixture) -> str:
+    """The one line on stderr."""
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+def refused(path: Path, reason: str, kind: type[RunError] = RunError) -> None:
+    """By each of the readers, for that reason."""
+    for reader in (checkpoint.load, checkpoint.load_network):
+        with pytest.raises(kind, match=reason) as caught:
+            reader(path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# damaged
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 0.3, 0.6, 0.99, -100, -22, -1])
+def test_truncated(size: float, folder: Path) -> None:
+    path = folder / "last.pt"
+    whole = path.stat().st_size
+    os.truncate(path, round(size * whole) if 0 < size < 1 else size % whole)
+    refused(path, "is damaged, or no checkpoint at all", Damaged)
+
+
+def test_flipped_bits(folder: Path) -> None:
+    """Each is noticed, or lies in a byte that means nothing: then all values are what they were."""
+    path, chance = folder / "best.pt", random.Random(0)
+    content, noticed = path.read_bytes(), 0
+    whole = faults._flat(checkpoint.load(path), "")
+    ends = [*range(300), *range(len(content) - 700, len(content))]
+    positions = chance.sample(range(len(content)), 300) + chance.sample(ends, 300)
+    for position in positions:
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << chance.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            assert faults._flat(checkpoint.load(path), "") == whole, f"bit of byte {position}"
+        except RunError:
+            noticed += 1
+    assert noticed > 400
+
+
+def test_zeros_in_place_of_a_block(folder: Path) -> None:
+    path = folder / "last.pt"
+    content = bytearray(path.read_bytes())
+    content[20_480:24_576] = bytes(4096)
+    path.write_bytes(content)
+    refused(path, "Bad CRC-32", Damaged)
+
+
+def test_missing_and_not_a_file(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"cannot read .*gone\.pt: No such file"):
+        checkpoint.load(tmp_path / "gone.pt")
+    with pytest.raises(RunError, match="cannot read .*: Is a directory"):
+        checkpoint.load(tmp_path)
+    with pytest.raises(RunError, match=r"cannot read .*best\.pt: No such file"):
+        checkpoint.load_network(tmp_path)
+
+
+def test_damaged_last_state_gives_way_to_the_one_before(folder: Path, tiny_run: Path, small_demo, capsys) -> None:
+    os.truncate(folder / "last.pt", 5000)
+    assert continued(folder, tiny_run) == 0
+    said = capsys.readouterr()
+    assert said.err.startswith(f"warning: {folder / 'last.pt'} is damaged") and "previous.pt" in said.err
+    assert "3 of 4 epochs done" in said.out
+    assert faults.differences(folder, tiny_run) == []
+
+
+def test_both_states_damaged(folder: Path, tiny_run: Path, small_demo, capsys) -> None:
+    for name in ("last.pt", "previous.pt"):
+        os.truncate(folder / name, 5000)
+    before = faults.hashes(folder)
+    assert continued(folder, tiny_run) == 1
+    said = error(capsys)
+    assert "last.pt is damaged" in said and "previous.pt is damaged" in said and "--overwrite starts anew" in said
+    assert faults.hashes(folder) == before
+    assert continued(folder, tiny_run, "--overwrite") == 0
+    assert faults.differences(folder, tiny_run) == []
+
+
+def test_damaged_with_none_before(folder: Path, tiny_run: Path, small_demo, capsys) -> None:
+    (folder / "previous.pt").unlink()
+    os.truncate(folder / "last.pt", 0)
+    assert continued(folder, tiny_run) == 1
+    assert "--overwrite starts anew" in error(capsys)
+
+
+def test_only_the_state_before(folder: Path, tiny_run: Path, small_demo, capsys) -> None:
+    """As a kill between the two renames of a commit leaves it: nothing to warn of."""
+    (folder / "last.pt").unlink()
+    assert continued(folder, tiny_run) == 0
+    assert capsys.readouterr().err == "" and faults.differences(folder, tiny_run) == []
+
+
+def test_best_weights_are_mended(folder: Path, tiny_run: Path, small_demo) -> None:
+    state = checkpoint.load(folder / "last.pt")
+    accuracies = [row["val_accuracy"] for row in state["rows"]]
+    if accuracies.index(max(accuracies)) + 1 != len(accuracies):
+        rewrite(folder / "last.pt", rows=[row | {"val_accuracy": row["epoch"] / 10} for row in state["rows"]])
+    (folder / "best.pt").unlink()
+    assert continued(folder, tiny_run) == 0
+    assert checkpoint.load(folder / "best.pt", "weights")["epoch"] == len(accuracies)
+
+
+# foreign
+
+
+def test_other_kinds_of_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    path.write_text("accuracy,loss\n")
+    refused(path, "no checkpoint at all")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", "text")
+    refused(path, "no checkpoint at all")
+    for payload in (torch.zeros(3), {"model": {}}, {"format": 1}, [1], {"format": "1", "recipe": {}}):
+        torch.save(payload, path)
+        refused(path, "is not a checkpoint of this project")
+    torch.save(torch.nn.Linear(2, 2).state_dict(), path, _use_new_zipfile_serialization=False)
+    refused(path, "no checkpoint at all")
+
+
+def test_newer_format(folder: Path, tiny_run: Path, small_demo, capsys) -> None:
+    for name in ("last.pt", "best.pt"):
+        rewrite(folder / name, format=checkpoint.FORMAT + 1)
+        refused(folder / name, "use a newer version")
+    before = faults.hashes(folder)
+    assert continued(folder, tiny_run) == 1  # and does not take up previous.pt, which would lose an epoch
+    assert "use a newer version" in error(capsys)
+    assert faults.hashes(folder) == before
+
+
+def test_weights_are_no_state(folder: Path, tiny_run: Path, small_demo, capsys) -> None:
+    shutil.copy(folder / "best.pt", folder / "last.pt")
+    assert continued(folder, tiny_run) == 1
+    assert "holds 'weights', not 'run'" in error(capsys)
+
+
+@pytest.mark.parametrize("change", [{"layers": (1, 1, 2)}, {"planes": (4, 4, 16)}, {"planes": "many"}, {"new": 1}])
+def test_other_architecture(change: dict, folder: Path) -> None:
+    recipe = checkpoint.load(folder / "best.pt")["recipe"] | change
+    rewrite(folder / "best.pt", recipe=recipe)
+    with pytest.raises(RunError, match="does not fit this version's network"):
+        checkpoint.load_network(folder)
+
+
+@pytest.mark.parametrize("missing", ["model", "classes", "eval_size", "epoch", "images"])
+def test_missing_parts(missing: str, folder: Path) -> None:
+    payload = checkpoint.load(folder / "best.pt")
+    del payload[missing]
+    torch.save(payload, folder / "best.pt")
+    with pytest.raises(RunError, match="does not fit this version's network"):
+        checkpoint.load_network(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": {}}, "does not fit this network: "),
+        ({"optimizer": {"state": {}, "param_groups": []}}, "does not fit this network: "),
+        ({"optimizer": 5}, "does not fit this network: "),
+        ({"schedule": None}, "does not fit this network: "),
+        ({"rows": 5}, "is no state of a run"),
+        ({"recipe": 5}, "is no state of a run"),
+        ({"images": {"train": 9, "val": 9}}, "images was "),
+        ({"classes": ["cat", "dog"]}, "classes was "),
+    ],
+)
+def test_foreign_state(changes: dict, words: str, folder: Path, tiny_run: Path, small_demo, capsys) -> None:
+    shutil.copy(folder / "previous.pt", folder / "last.pt")  # the last epoch of the first stage …
+    state = checkpoint.load(folder / "last.pt")
+    shortened = {"rows": state["rows"][:2]}  # … as one after which the stage goes on
+    rewrite(folder / "last.pt", **shortened | changes)
+    before = faults.hashes(folder, "*last.pt")
+    assert continued(folder, tiny_run) == 1
+    assert words in error(capsys)
+    assert faults.hashes(folder, "*last.pt") == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--planes", "4", "4", "16"], "planes was [4, 4, 8], now [4, 4, 16]"),
+        (["--seed", "7"], "seed was 0, now 7"),
+        (["--lr", "0.02", "0.03"], "lr of stage 2 was 0.01, now 0.03"),
+        (["--hue", "0.1"], "hue was 0.3, now 0.1"),
+        (["--epochs", "3", "2"], "epochs of stage 2 was 1, now 2"),
+        (["--train-on", "all"], "train_on was train, now all"),
+    ],
+)
+def test_other_settings(flags: list[str], words: str, folder: Path, tiny_run: Path, small_demo, capsys) -> None:
+    before = faults.hashes(folder)
+    assert continued(folder, tiny_run, *flags) == 1
+    said = error(capsys)
+    assert "holds a run with other settings" in said and words in said and "--overwrite" in said
+    assert faults.hashes(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("gone.pt", "No such file"), ("", "does not fit this network: "), ("text", "no checkpoint")]
+)
+def test_foreign_first_weights(name: str, words: str, folder: Path, tiny_run: Path, small_demo, capsys) -> None:
+    (folder / "text").write_text("text")
+    assert continued(folder / "new", tiny_run, "--planes", "4", "4", "16", "--init", str(folder / name)) == 1
+    assert words in error(capsys)
+    assert not list((folder / "new").glob("*.pt"))
+
+
+def test_first_weights_of_another_run(folder: Path, tiny_run: Path, small_demo, capsys) -> None:
+    assert continued(folder / "new", tiny_run, "--init", str(folder / "best.pt"), "--epochs", "1", "0") == 0
+
+
+# hostile
+
+
+class Hostile:
+    """Leaves a file where it is unpickled without care."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.trace,)
+
+
+def hostile_files(folder: Path, trace: Path) -> dict[str, Path]:
+    thing, recipe = Hostile(trace), checkpoint.load(folder / "best.pt")["recipe"]
+    files = {name: folder / f"{name}.pt" for name in ("pickle", "zip", "inside", "old")}
+    files["pickle"].write_bytes(pickle.dumps(thing))
+    torch.save(thing, files["zip"])
+    torch.save({"format": 1, "kind": "run", "recipe": recipe, "extra": thing}, files["inside"])
+    torch.save({"format": 1, "kind": "run", "recipe": thing}, files["old"], _use_new_zipfile_serialization=False)
+    return files
+
+
+@pytest.mark.parametrize("name", ["pickle", "zip", "inside", "old"])
+def test_hostile_checkpoint_is_not_run(name: str, folder: Path, tiny_run: Path, small_demo, capsys) -> None:
+    trace = folder / "trace"
+    path = hostile_files(folder, trace)[name]
+    pickle.loads(path.read_bytes()) if name == "pickle" else torch.load(path, weights_only=False)
+    assert trace.exists()  # the attack is a real one …
+    trace.unlink()
+    refused(path, "was not opened: it holds more than plain values|no checkpoint at all")
+    shutil.copy(path, folder / "last.pt")
+    (folder / "previous.pt").unlink()
+    assert continued(folder, tiny_run) == 1
+    error(capsys)
+    assert continued(folder / "new", tiny_run, "--init", str(path)) == 1
+    error(capsys)
+    assert not trace.exists()  # … and fails
+
+
+def test_nothing_else_unpickles() -> None:
+    words = ("pickle.load", "weights_only=False", "allow_pickle=True", "joblib", "eval(", "exec(", "torch.jit.load")
+    for path in faults.ROOT.glob("*.py"):
+        text = path.read_text(encoding="utf-8").replace(".eval(", "").replace("_eval(", "")
+        assert not [word for word in words if word in text], path.name
+        assert text.count("torch.load(") == text.count("weights_only=True)"), path.name

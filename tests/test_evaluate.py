@@ -1,0 +1,298 @@
+import csv
+import json
+import shutil
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+import data
+import dataset
+import errors
+import evaluate
+import plots
+import report
+import scoring
+import testcount
+from errors import RunError
+
+PICTURES = {"confusion.png", "per_class.png", "mistakes.png", "reliability.png"}
+SAVE = plots._save
+pytestmark = pytest.mark.usefixtures("small_demo")
+
+
+@pytest.fixture(autouse=True)
+def empty_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots are empty files here: writing real ones takes most of the time."""
+    monkeypatch.setattr(plots, "_save", lambda figure, path: path.touch())
+
+
+def run(*arguments: object) -> int:
+    """The command as the terminal runs it; its exit status."""
+    words = [str(argument) for argument in arguments]
+    return errors.report(lambda: evaluate.main([*words, "--threads", "1", "--precision", "fp32"]))
+
+
+def read(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    with open(folder / "metrics.csv") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def by_hand(path: Path, size: int, split: str = "val", **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels of a checkpoint's images."""
+    trained = checkpoint.load_network(path)
+    if split == "test":
+        found = dataset.load_test(trained, *dataset.places(path))
+        images, labels = found.images, found.labels
+    else:
+        found, _, val = dataset.of_trained(trained, *dataset.places(path))
+        images, labels = found.images[val], found.labels[val]
+    return scoring.logits(trained.model, images, size, **options), labels
+
+
+@pytest.fixture
+def altered(tiny_run: Path, tmp_path: Path):
+    """A copy of the tiny run whose checkpoints say something else about their recipe."""
+
+    def alter(**recipe: object) -> Path:
+        folder = tmp_path / "altered"
+        folder.mkdir()
+        shutil.copy(tiny_run / "config.json", folder)
+        for name in ("best.pt", "last.pt"):
+            payload = checkpoint.load(tiny_run / name)
+            payload["recipe"] |= recipe
+            checkpoint.save(folder / name, payload)
+        return folder
+
+    return alter
+
+
+def test_the_report_repeats_what_training_measured(tiny_run, tmp_path, capsys):
+    for flags, row, selected in (
+        ([], max(rows(tiny_run), key=lambda row: row["val_accuracy"]), True),
+        (["--last"], rows(tiny_run)[-1], False),
+    ):
+        assert run(tiny_run, "--out", tmp_path, *flags) == 0
+        (entry,), said = read(tmp_path)["networks"], capsys.readouterr().out
+        (result,), (member,) = entry["results"], entry["members"]
+        assert result["accuracy"] == row["val_accuracy"] and result["images"] == 40
+        assert result["loss"] == pytest.approx(row["val_loss"], rel=1e-5)
+        assert result["interval_95"] == list(scoring.wilson(round(40 * row["val_accuracy"]), 40))
+        assert result["views"] == "none" and result["size"] == (40 if row["stage"] == 2 else 32)
+        assert statistics.fmean(result["per_class"].values()) == pytest.approx(result["accuracy"])
+        assert (member["selected_on_val"], member["epoch"]) == (selected, row["epoch"])
+        assert f"{row['val_accuracy']:.1%}" in said
+        assert ("selected on these very images" in said) == selected
+        assert ("these images did not select the network" in said) != selected
+        assert {path.name for path in tmp_path.iterdir()} == PICTURES | {"report.json"}
+
+
+def test_pictures_are_pictures(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "_save", SAVE)
+    assert run(tiny_run, "--size", 32, 64, "--out", tmp_path) == 0
+    drawn = list(tmp_path.glob("*.png"))
+    assert {path.name for path in drawn} == PICTURES | {"sizes.png"}
+    for path in drawn:
+        with Image.open(path) as picture:
+            assert picture.format == "PNG" and picture.width == 1200
+
+
+def test_accuracy_against_size(tiny_run, tmp_path, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "accuracy_against_size", lambda path, *args, **options: drawn.append((path.name, *args)))
+    assert run(tiny_run / "last.pt", "--size", 48, 32, 40, 32, "--out", tmp_path) == 0
+    (entry,) = read(tmp_path)["networks"]
+    assert [result["size"] for result in entry["results"]] == [32, 40, 48]
+    expected = [scoring.accuracy(*by_hand(tiny_run / "last.pt", size)) for size in (32, 40, 48)]
+    assert [result["accuracy"] for result in entry["results"]] == expected
+    assert drawn == [("sizes.png", (32, 40, 48), tuple(expected))]
+    assert entry["shown"] == 1  # the eval size of the last stage
+    assert "the best of several sizes" in capsys.readouterr().out
+
+
+def test_default_folders(tiny_runs, tmp_path):
+    def folder(*arguments: object) -> Path:
+        given = evaluate.build_parser().parse_args([str(argument) for argument in arguments])
+        paths = evaluate.check(evaluate.build_parser(), given)
+        return evaluate.default_folder(given, [checkpoint.load_network(path) for path in paths])
+
+    first, second = tiny_runs
+    assert folder(first) == first / "evaluation-val"
+    assert folder(first, "--last", "--split", "test") == first / "evaluation-test-last"
+    assert folder(first, "--protocol", "original") == first / "evaluation-val-original"
+    assert folder(first, second) == first.parent / "evaluation-val"
+    assert folder(first, second, "--ensemble", "--last") == first.parent / "evaluation-val-last-ensemble"
+
+
+def test_several_runs_give_mean_and_deviation(tiny_runs, tmp_path, capsys):
+    (tmp_path / "sizes.png").touch()  # of an earlier evaluation
+    assert run(*tiny_runs, "--last", "--size", 32, 40, "--out", tmp_path) == 0
+    found, said = read(tmp_path), capsys.readouterr()
+    for place, size in enumerate((32, 40)):
+        accuracies = [scoring.accuracy(*by_hand(folder / "last.pt", size)) for folder in tiny_runs]
+        assert [entry["results"][place]["accuracy"] for entry in found["networks"]] == accuracies
+        together = found["over the networks"][place]
+        assert together["mean"] == pytest.approx(sum(accuracies) / 2) and together["networks"] == 2
+        assert together["standard_deviation"] == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
+        spread = f"accuracy {together['mean']:.1%} ± {together['standard_deviation']:.1%} at {size} px"
+        assert spread in said.out
+    assert "warning" not in said.err
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json"}
+
+
+def test_runs_that_differ_in_more_than_seeds_are_not_averaged_silently(tiny_run, altered, tmp_path, capsys):
+    assert run(tiny_run, altered(weight_decay=0.5), "--out", tmp_path / "out") == 0
+    assert "differ in more than their seeds" in capsys.readouterr().err
+
+
+def test_an_ensemble_averages_and_says_so(tiny_runs, tmp_path, capsys):
+    assert run(*tiny_runs, "--last", "--ensemble", "--views", "mirror", "--out", tmp_path) == 0
+    shares = [by_hand(folder / "last.pt", 40, mirror=True)[0].softmax(1) for folder in tiny_runs]
+    labels = by_hand(tiny_runs[0] / "last.pt", 40)[1]
+    (entry,) = read(tmp_path)["networks"]
+    mean = sum(shares) / 2
+    assert entry["results"][0]["accuracy"] == (mean.argmax(1) == labels).double().mean().item()
+    assert entry["results"][0]["loss"] == pytest.approx(-mean[range(40), labels].log().mean().item(), rel=1e-4)
+    single = sum(p.numel() for p in checkpoint.load_network(tiny_runs[0]).model.parameters())
+    assert entry["parameters"] == 2 * single
+    assert f"an ensemble of 2 networks with {2 * single:,} parameters together" in capsys.readouterr().out
+
+
+def test_an_ensemble_is_not_scored_on_what_a_member_has_learnt(tiny_run, altered, tmp_path, capsys):
+    assert run(tiny_run, altered(split_seed=1), "--ensemble", "--out", tmp_path / "out") == 1
+    assert "have not the same val images" in capsys.readouterr().err
+
+
+def test_the_original_protocol(tiny_run, tmp_path, capsys):
+    """Of stage 2: 20 views of 40 images at 32 px in 25 batches of 32."""
+    before = (tiny_run / "last.pt").read_bytes()
+    assert run(tiny_run, "--last", "--protocol", "original", "--out", tmp_path) == 0
+    trained = checkpoint.load_network(tiny_run / "last.pt")
+    found, _, val = dataset.of_trained(trained, *dataset.places(tiny_run))
+    scores, index = scoring.original_logits(trained.model, found.images[val], 32, 32)
+    (entry,) = read(tmp_path)["networks"]
+    (result,) = entry["results"]
+    assert result["accuracy"] == scoring.accuracy(scores, found.labels[val][index])
+    assert (result["predictions"], result["images"], result["batch"], result["size"]) == (800, 40, 32, 32)
+    assert "20 random views of each image, 800 in batches of 32" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json"}
+    assert (tiny_run / "last.pt").read_bytes() == before
+
+
+def test_scoring_on_test_is_counted(tiny_run, altered, capsys):
+    folder = altered(seed=5)
+    accuracy = scoring.accuracy(*by_hand(folder / "best.pt", size := checkpoint.load_network(folder).eval_size, "test"))
+    for times in (1, 2, 3):
+        assert run(folder, "--split", "test") == 0
+        said = capsys.readouterr()
+        assert "50 test images" in said.out and "selected on these" not in said.out
+        assert ("was scored on test" in said.err) == (times > 1)
+        if times == 3:
+            assert "2 times before" in said.err
+        scorings = json.loads((folder / testcount.FILE).read_text())
+        assert len(scorings) == times
+        facts = {"accuracy": accuracy, "size": size, "views": "none", "ensemble_of": 1}
+        assert facts.items() <= scorings[-1].items()
+        assert scorings[-1]["checkpoint"] == str(folder / "best.pt") and len(scorings[-1]["sha256"]) == 64
+    assert read(folder / "evaluation-test")["networks"][0]["results"][0]["accuracy"] == accuracy
+
+
+def test_a_broken_count_is_not_passed_over(altered, capsys):
+    folder = altered()
+    (folder / testcount.FILE).write_text('{"not": "a list"}')
+    assert run(folder, "--split", "test") == 1
+    assert f"{folder / testcount.FILE}, which counts" in capsys.readouterr().err
+    assert (folder / testcount.FILE).read_text() == '{"not": "a list"}'
+
+
+@pytest.mark.parametrize("split, file", [("val", "train_X.bin"), ("test", "test_X.bin")])
+def test_missing_official_files(altered, tmp_path, capsys, split, file):
+    assert run(altered(name="original"), "--split", split, "--data-dir", tmp_path) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: the {split} images are missing: {file}") and said.count("\n") == 1
+    assert ("choose nothing" in said) == (split == "test")
+    assert not (tmp_path / data.FOLDER).exists()
+
+
+def test_a_network_trained_on_all_has_no_val_images(altered, capsys):
+    folder = altered(train_on="all")
+    for name in ("best.pt", "last.pt"):
+        payload = checkpoint.load(folder / name)
+        payload["images"] = {"train": 200, "val": 0}
+        checkpoint.save(folder / name, payload)
+    assert run(folder) == 1
+    assert "was trained on all images" in capsys.readouterr().err
+
+
+def test_most_confident_mistakes_come_first(tiny_run, tmp_path, monkeypatch):
+    sheets = []
+    monkeypatch.setattr(plots, "sample_sheet", lambda path, images, titles, **options: sheets.append((images, titles)))
+    assert run(tiny_run, "--last", "--out", tmp_path) == 0
+    scores, labels = by_hand(tiny_run / "last.pt", 40)
+    trained = checkpoint.load_network(tiny_run / "last.pt")
+    found, _, val = dataset.of_trained(trained, *dataset.places(tiny_run))
+    confidence, predicted = scores.softmax(1).max(1)
+    wrong = [i for i in np.argsort(-confidence.numpy(), kind="stable") if predicted[i] != labels[i]][: report.MISTAKES]
+    ((images, titles),) = sheets
+    assert np.array_equal(images, found.images[val][torch.tensor(wrong)].numpy())
+    names = found.classes
+    assert titles == [f"{names[predicted[i]]} {confidence[i]:.0%}\n(is {names[labels[i]]})" for i in wrong]
+
+
+def test_notes_tell_of_foreign_weights_and_unfinished_runs(tiny_run, altered, tmp_path, capsys):
+    stages = checkpoint.load(tiny_run / "last.pt")["recipe"]["stages"]
+    folder = altered(init="elsewhere.pt", stages=[{**stage, "epochs": 9} for stage in stages])
+    assert run(folder, "--last", "--size", 32, "--out", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert "began with weights of another one" in said and "is of epoch 4 of 18: the run is not finished" in said
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        ("--size 31", "'31' is not a whole number from 32 to 1024"),
+        ("--protocol original --views none", "--protocol original and --views exclude each other"),
+        ("--protocol original --split test", "--protocol original and --split test exclude each other"),
+        ("--split test --size 32 64", "several sizes are compared on clean val images only"),
+        ("--ensemble", "--ensemble takes two networks or more"),
+        ("--threads -1", "--threads"),
+        ("{run}/best.pt", "the same network is given twice"),
+        ("--split train", "invalid choice"),
+    ],
+)
+def test_usage_errors(tiny_run, capsys, arguments, complaint):
+    words = [str(tiny_run), *arguments.replace("{run}", str(tiny_run)).split()]
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main(words)
+    assert caught.value.code == 2 and complaint in capsys.readouterr().err
+
+
+def test_what_cannot_be_read_or_written_is_one_line(tiny_run, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for arguments, name in (
+        ([tmp_path / "nothing"], "nothing"),
+        ([tmp_path], "best.pt"),
+        ([tmp_path / "file"], "file"),
+        ([tiny_run, "--out", tmp_path / "file"], "file"),
+        ([tiny_run, "--device", "abacus"], "abacus"),
+        ([tiny_run, "--images", tmp_path], str(tmp_path)),
+    ):
+        assert run(*arguments) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1 and name in said
+
+
+def test_the_count_refuses_what_is_no_list(tmp_path):
+    assert testcount.read(tmp_path) == []
+    for text in ("", "[1]", "\xff"):
+        (tmp_path / testcount.FILE).write_text(text, encoding="latin-1")
+        with pytest.raises(RunError, match="move it away"):
+            testcount.add(tmp_path, accuracy=1.0)

@@ -1,0 +1,182 @@
+"""What is exported gives the logits that the project scores, for any batch and size, and says what it takes."""
+
+import importlib.util
+import io
+import json
+import re
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from garden import fill
+from torch import Tensor
+
+import augment
+import checkpoint
+import dataset
+import demo
+import export
+import scoring
+import settings
+from errors import RunError
+
+needs_onnx = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in export.ONNX_PACKAGES), reason="onnx is not installed"
+)
+FORMATS = [pytest.param("onnx", marks=needs_onnx), "torch", "weights"]
+CLASSES = ("apple", "leaf", "sky")
+
+
+class Exported(NamedTuple):
+    name: str
+    path: Path
+    told: str
+    noise: str
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a small network for three classes whose weights and statistics are random."""
+    folder = tmp_path_factory.mktemp("run")
+    recipe = settings.replace(settings.RECIPES["demo"], {"planes": (3, 4, 5)})
+    torch.manual_seed(0)
+    net = checkpoint.network(recipe, 3)
+    with torch.no_grad():
+        for value in net.state_dict().values():
+            if value.is_floating_point() and value.ndim == 1:
+                value.uniform_(0.5, 2)
+    images = {"train": 24, "val": 6, "digest": "of a folder that is not here"}
+    payload = {"kind": "weights", "recipe": recipe.as_dict(), "classes": list(CLASSES), "images": images}
+    checkpoint.save(folder / "best.pt", {**payload, "eval_size": 48, "epoch": 7, "model": net.state_dict()})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Tensor:
+    return torch.from_numpy(demo.draw("test", 1)[0]).transpose(2, 3)
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def exported(request: pytest.FixtureRequest, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The run's network in one of the formats, and what was printed and warned of meanwhile."""
+    folder, form = tmp_path_factory.mktemp("exported"), export.FORMATS[request.param]
+    out, err = io.StringIO(), io.StringIO()
+    with warnings.catch_warnings(record=True) as caught, redirect_stdout(out), redirect_stderr(err):
+        warnings.simplefilter("always")
+        assert export.main([str(run), "--out", str(folder), "--format", request.param]) == 0
+    assert [path.name for path in folder.iterdir()] == [form.file]
+    return Exported(request.param, folder / form.file, out.getvalue(), err.getvalue() + "".join(map(str, caught)))
+
+
+def test_each_format_agrees_with_what_the_project_scores(exported: Exported, run: Path, pictures: Tensor) -> None:
+    form = export.FORMATS[exported.name]
+    model = checkpoint.load_network(run).model
+    classify = form.read(exported.path)
+    for count, size in ((1, 32), (2, 96), (5, 50), (10, 64)):
+        batch = pictures[:count]
+        expected = scoring.logits(model, batch, size)
+        got = classify(scoring.resize(batch, size) * 255)
+        torch.testing.assert_close(got, expected, rtol=0, atol=form.tolerance * expected.abs().max().item())
+    oblong = pictures[:3, :, :40].float()
+    with torch.no_grad():
+        expected = model(augment.normalise(oblong / 255))
+    torch.testing.assert_close(classify(oblong), expected, rtol=0, atol=form.tolerance * expected.abs().max().item())
+
+
+def test_only_the_comparison_is_printed(exported: Exported) -> None:
+    assert exported.noise == ""
+    first, second = exported.told.splitlines()
+    assert first == (
+        "comparing on pictures drawn by the program, as the run's are not here, 1 and 8 at a time, at 48 and 80 px"
+    )
+    assert re.fullmatch(
+        re.escape(str(exported.path)) + r", 0\.\d MB: largest difference \d\.\de-\d\d of logits up to \d+\.\d", second
+    )
+
+
+def test_files_say_what_they_take_and_give(exported: Exported) -> None:
+    if exported.name == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(exported.path, providers=["CPUExecutionProvider"])
+        (pixels,), (logits,) = session.get_inputs(), session.get_outputs()
+        assert (pixels.name, pixels.type, pixels.shape) == ("pixels", "tensor(float)", ["batch", 3, "height", "width"])
+        assert (logits.name, logits.shape) == ("logits", ["batch", 3])
+        told = session.get_modelmeta().custom_metadata_map
+        session.run(None, {"pixels": torch.zeros(1, 3, 33, 57).numpy()})
+    elif exported.name == "torch":
+        extra = {"metadata.json": ""}
+        program = torch.export.load(exported.path, extra_files=extra).module()
+        told = json.loads(extra["metadata.json"])
+        with pytest.raises((AssertionError, RuntimeError)):
+            program(torch.zeros(1, 3, 30, 30))
+    else:
+        trained = checkpoint.load_network(exported.path)
+        told = export.metadata(trained)
+        assert trained.images == {"train": 24, "val": 6, "digest": "of a folder that is not here"}
+    assert json.loads(told["classes"]) == list(CLASSES) and told["eval_size"] == "48" and told["epoch"] == "7"
+    assert "RGB pixels from 0 to 255, float32" in told["input"] and "logits" in told["output"]
+
+
+def test_half_precision_weights_are_a_checkpoint_of_half_the_size(tmp_path: Path) -> None:
+    recipe = settings.RECIPES["original"]
+    torch.manual_seed(0)
+    whole = tmp_path / "whole.pt"
+    payload = {"kind": "weights", "recipe": recipe.as_dict(), "classes": list("0123456789"), "eval_size": 96}
+    state = checkpoint.network(recipe, 10).state_dict()
+    payload |= {"images": {"train": 4000, "val": 1000}, "epoch": 3, "val_accuracy": 0.75}
+    checkpoint.save(whole, {**payload, "model": state})
+    before = checkpoint.load_network(whole)
+    half = tmp_path / "half.pt"
+    export.FORMATS["weights"].write(before, half)
+    assert half.stat().st_size < 5_000_000 < whole.stat().st_size
+    after = checkpoint.load_network(half)
+    for name in ("recipe", "classes", "images", "eval_size", "epoch", "val_accuracy", "selected"):
+        assert getattr(after, name) == getattr(before, name)
+    assert after.val_accuracy == 0.75
+    for name, value in after.model.state_dict().items():
+        expected = state[name].half().float() if state[name].ndim > 1 else state[name]
+        assert value.dtype == state[name].dtype and torch.equal(value, expected), name
+
+
+def test_file_that_disagrees_is_not_written(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.pt").write_text("an older file")
+    form = export.FORMATS["weights"]
+
+    def read_wrongly(path: Path) -> export.Classify:
+        classify = form.read(path)
+        return lambda pixels: classify(pixels) * (1.02 if len(pixels) > 1 else 1)
+
+    monkeypatch.setitem(export.FORMATS, "weights", form._replace(read=read_wrongly))
+    with pytest.raises(RunError, match="was not written, as it does not agree with the network: largest difference"):
+        export.main([str(run), "--out", str(tmp_path), "--format", "weights"])
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("model.pt", "an older file")]
+
+
+def test_missing_packages_are_named_before_anything_is_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("onnx") else found(name))
+    with pytest.raises(RunError, match="^--format onnx needs onnx and onnxruntime and onnxscript: pip install onnx "):
+        export.main([str(run), "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_of_the_run_are_compared_where_they_are(tmp_path: Path) -> None:
+    garden = fill(tmp_path / "garden", 5)
+    recipe = settings.replace(settings.RECIPES["demo"], {"planes": (2, 2, 2), "image_size": 40})
+    found, train, val = dataset.load(recipe, tmp_path, garden)
+    payload = {"kind": "weights", "recipe": recipe.as_dict(), "classes": list(found.classes), "eval_size": 64}
+    state = checkpoint.network(recipe, 3).state_dict()
+    payload |= {"images": dataset.identity(found, train, val), "epoch": 7, "model": state}
+    checkpoint.save(tmp_path / "best.pt", payload)
+    trained = checkpoint.load_network(tmp_path / "best.pt")
+    images, told = export.sample(trained, tmp_path / "best.pt", None, garden)
+    assert torch.equal(images, found.images[val]) and told == "validation images of the run"
+    assert export.sample(trained, tmp_path / "best.pt", None, None)[0].shape == (8, 3, 96, 96)
+    with pytest.raises(RunError, match="cannot read the folder"):
+        export.sample(trained, tmp_path / "best.pt", None, tmp_path / "absent")

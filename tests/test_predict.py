@@ -1,0 +1,145 @@
+import csv
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import checkpoint
+import dataset
+import errors
+import plots
+import predict
+import scoring
+
+pytestmark = pytest.mark.usefixtures("small_demo")
+
+
+def run(*arguments: object) -> int:
+    """The command as the terminal runs it; its exit status."""
+    words = [str(argument) for argument in arguments]
+    return errors.report(lambda: predict.main([*words, "--threads", "1", "--precision", "fp32"]))
+
+
+def noise(path: Path, seed: int, shape: tuple[int, ...] = (50, 70, 3)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)).save(path)
+    return path
+
+
+def test_a_picture_is_seen_as_validation_sees_it(tiny_run, tmp_path):
+    """Validation images, saved as files, get the very probabilities of the evaluation."""
+    trained = checkpoint.load_network(tiny_run)
+    found, _, val = dataset.of_trained(trained, *dataset.places(tiny_run))
+    images = found.images[val[:5]]
+    for number, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{number}.png")
+    assert run(tiny_run, tmp_path, "--top", 10, "--json", tmp_path / "out.json") == 0
+    written = json.loads((tmp_path / "out.json").read_text())
+    expected = scoring.logits(trained.model, images, trained.eval_size).softmax(1)
+    for number, picture in enumerate(written["pictures"]):
+        assert picture["file"] == str(tmp_path / f"{number}.png")
+        shares = {choice["class"]: choice["confidence"] for choice in picture["choices"]}
+        assert list(shares.values()) == sorted(shares.values(), reverse=True)
+        assert [shares[name] for name in found.classes] == pytest.approx(expected[number].tolist(), rel=1e-5)
+    assert written["size"] == trained.eval_size and written["mirror"] is False and written["skipped"] == []
+
+
+def test_the_mirror_is_used_where_the_run_validated_so(tiny_run, tmp_path):
+    payload = checkpoint.load(tiny_run / "best.pt")
+    payload["recipe"]["mirror"] = True
+    checkpoint.save(tmp_path / "mirror.pt", payload)
+    left = noise(tmp_path / "left.png", 0)
+    Image.open(left).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "right.png")
+    shares = {}
+    for network in (tiny_run / "best.pt", tmp_path / "mirror.pt"):
+        assert run(network, left, tmp_path / "right.png", "--json", tmp_path / "out.json") == 0
+        one, other = json.loads((tmp_path / "out.json").read_text())["pictures"]
+        shares[network.name] = [picture["choices"][0]["confidence"] for picture in (one, other)]
+    assert shares["mirror.pt"][0] == pytest.approx(shares["mirror.pt"][1], rel=1e-5)
+    assert shares["best.pt"][0] != pytest.approx(shares["best.pt"][1], rel=1e-5)
+
+
+def test_table_csv_and_sheet_agree(tiny_run, tmp_path, capsys, monkeypatch):
+    paths = [noise(tmp_path / "in" / name, seed) for seed, name in enumerate(("a.png", "deep/b.bmp", "deep/c.tif"))]
+    sheets = []
+    monkeypatch.setattr(plots, "sample_sheet", lambda path, images, titles, **rest: sheets.append((images, titles)))
+    sheet = ["--sheet", tmp_path / "sheet.png"]
+    assert run(tiny_run, tmp_path / "in", "--top", 3, "--csv", tmp_path / "out.csv", *sheet) == 0
+    said = capsys.readouterr()
+    header, *lines = said.out.splitlines()
+    assert header.split() == ["file", "class", "confidence", "choice", "2", "choice", "3"] and said.err == ""
+    rows = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
+    assert [row["file"] for row in rows] == [str(path) for path in paths]
+    for row, line, title in zip(rows, lines, sheets[0][1], strict=True):
+        first, second, third = (float(row[f"confidence_{number}"]) for number in (1, 2, 3))
+        names = [row[f"class_{number}"] for number in (1, 2, 3)]
+        shown = [row["file"], names[0], f"{first:.1%}", names[1], f"{second:.1%}", names[2], f"{third:.1%}"]
+        assert line.split() == shown and title == f"{names[0]} {first:.0%}\n{Path(row['file']).name}"
+        assert first >= second >= third
+    assert sheets[0][0].shape == (3, 3, 96, 96) and sheets[0][0].dtype == np.uint8
+
+
+def test_the_sheet_is_drawn_whatever_a_file_is_called(tiny_run, tmp_path):
+    noise(tmp_path / "in" / "$x_{^$.png", 0)
+    noise(tmp_path / "in" / ("very long name " * 5 + ".png"), 1)
+    os.rename(noise(tmp_path / "in" / "plain.png", 2), os.fsencode(tmp_path / "in") + b"/caf\xe9\n.png")
+    wanted = ["--csv", tmp_path / "out.csv", "--json", tmp_path / "out.json", "--sheet", tmp_path / "out.png"]
+    assert run(tiny_run, tmp_path / "in", *wanted) == 0
+    assert r"caf\xe9\n.png" in (tmp_path / "out.csv").read_text()
+    with Image.open(tmp_path / "out.png") as sheet:
+        assert sheet.width == 1200
+
+
+def test_what_is_broken_is_skipped_and_told(tiny_run, tmp_path, capsys):
+    good = noise(tmp_path / "good.png", 0)
+    (tmp_path / "bad.png").write_text("no picture")
+    (tmp_path / "empty").mkdir()
+    named = [good, tmp_path / "bad.png", tmp_path / "missing.png", tmp_path / "empty", good]
+    assert run(tiny_run, *named, "--json", tmp_path / "out.json") == 1
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 2 and str(good) in said.out
+    assert [line.startswith("skipped: ") for line in said.err.splitlines()] == [True] * 3
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert {Path(each["file"]).name for each in written["skipped"]} == {"bad.png", "missing.png", "empty"}
+    assert all(Path(each["file"]).name in each["reason"] for each in written["skipped"])
+
+
+def test_more_than_a_batch(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "BATCH", 2)
+    for number in range(5):
+        noise(tmp_path / f"{number}.png", number)
+    (tmp_path / "2.png").write_text("no picture")
+    trained = checkpoint.load_network(tiny_run)
+    machine = predict.commands.start(predict.build_parser(), predict.build_parser().parse_args([".", "."]))
+    skipped = {}
+    predictions = predict.predict(trained, sorted(tmp_path.glob("*.png")), 2, machine, skipped, squares=3)
+    assert [Path(prediction.file).stem for prediction in predictions] == ["0", "1", "3", "4"]
+    assert [prediction.square is None for prediction in predictions] == [False] * 3 + [True]
+    assert list(skipped) == [str(tmp_path / "2.png")]
+
+
+@pytest.mark.parametrize("name, reason", [("empty", "no picture to look at"), ("bad.png", "none of the files")])
+def test_nothing_to_see_is_an_error(tiny_run, tmp_path, capsys, name, reason):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.png").touch()
+    assert run(tiny_run, tmp_path / name, "--csv", tmp_path / "out.csv") == 1
+    assert f"error: {reason}" in capsys.readouterr().err.replace("there is ", "")
+    assert not (tmp_path / "out.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint", [("--top 0", "'0' is not"), ("--sheet a.jpg", "should end in .png"), ("", "PICTURE")]
+)
+def test_usage_errors(tiny_run, tmp_path, capsys, arguments, complaint):
+    pictures = [str(tmp_path)] if arguments else []
+    with pytest.raises(SystemExit) as caught:
+        predict.main([str(tiny_run), *pictures, *arguments.split()])
+    assert caught.value.code == 2 and complaint in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_one_line(tiny_run, tmp_path, capsys):
+    assert run(tiny_run, noise(tmp_path / "a.png", 0), "--csv", tmp_path / "no" / "out.csv") == 1
+    assert f"error: cannot write {tmp_path / 'no' / 'out.csv'}" in capsys.readouterr().err
