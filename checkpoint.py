@@ -154,6 +154,9 @@ def load_network(path: Path) -> Trained:
 
 def network(recipe: Recipe, classes: int) -> ResNet:
     """The network that a recipe describes. Raises ValueError where it is over the recipe's parameter budget."""
+    least = sum(9 * blocks * width**2 for blocks, width in zip(recipe.layers, recipe.planes, strict=True))
+    if least > recipe.budget:  # in the 3×3 convolutions alone; said before any memory is asked for
+        raise ValueError(f"the network has over {least:,} parameters, more than the budget of {recipe.budget:,}")
     return build_model(
         recipe.layers,
         budget=recipe.budget,

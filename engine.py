@@ -2,14 +2,18 @@
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 import platform
+import shutil
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from errors import RunError
 from model import ResNet
@@ -53,14 +57,33 @@ class Engine:
         """The context in which the network runs forward."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision is torch.bfloat16)
 
-    def predict_seconds(self, recipe: Recipe, model: ResNet, images: int, done: int = 0) -> float:
+    def compiled(self, net: nn.Module) -> nn.Module:
+        """`net` for training steps: itself, or a compiled form that shares its weights.
+
+        `net` stays as it was, eager and with its own state_dict: scoring, copies and checkpoints see no difference.
+        """
+        if not self.compile:
+            return net
+        torch._dynamo.config.recompile_limit = 64  # one graph a crop size
+        # On CUDA a step is hundreds of kernels of a few microseconds: only captured graphs launch them in time.
+        return torch.compile(net, dynamic=False, mode="reduce-overhead" if self.device.type == "cuda" else None)
+
+    def predict_seconds(self, recipe: Recipe, net: ResNet, images: int, done: int = 0) -> float:
         """Rough seconds of a recipe's epochs after `done` of them, from their arithmetic: no measurement."""
         gflops = CUDA_GFLOPS[self.precision]
         if self.device.type == "cpu":
             gflops = CPU_GFLOPS[self.precision] * torch.get_num_threads()
-        sizes = [stage.size(epoch) for stage in recipe.stages for epoch in range(stage.epochs)][done:]
-        work = sum(forward_gflop(model, size) * count for size, count in Counter(sizes).items()) * images * recipe.views
-        return 3 * work / gflops  # backward costs twice the forward pass
+        sizes = {size for stage in recipe.stages for size in stage.crop_size}
+        return predict_seconds(recipe, images, {size: gflops / step_gflop(net, size) for size in sizes}, done)
+
+
+def predict_seconds(recipe: Recipe, images: int, rates: Mapping[int, float], done: int = 0) -> float:
+    """Seconds of training for a recipe's epochs after `done` of them, over `images` training images.
+
+    `rates` are samples a second at each of its crop sizes.
+    """
+    epochs = Counter(recipe.size(epoch) for epoch in range(done, recipe.epochs))
+    return sum(count / rates[size] for size, count in epochs.items()) * images * recipe.views
 
 
 def start(runtime: Runtime) -> Engine:
@@ -82,7 +105,9 @@ def start(runtime: Runtime) -> Engine:
     if runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    compile = device.type == "cuda" if runtime.compile is None else runtime.compile
+    if runtime.compile and not _can_compile(device):
+        raise RunError("--compile needs a C++ compiler and, on CUDA, Triton; install them or leave the flag out")
+    compile = device.type == "cuda" and _can_compile(device) if runtime.compile is None else runtime.compile
     return Engine(device, torch.bfloat16 if bf16 else torch.float32, compile)
 
 
@@ -106,8 +131,20 @@ def _has_native_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def _can_compile(device: torch.device) -> bool:
+    """Whether torch.compile finds what it needs: on CUDA that is Triton, a GPU it supports and a C compiler."""
+    if device.type == "cpu":
+        return any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))
+    has_triton = importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0)
+    return has_triton and any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang")))
+
+
 def _keep_memory() -> None:
-    """Ask glibc to keep freed memory: by default it unmaps large blocks, and each step faults its pages in anew."""
+    """Ask glibc to keep freed memory: by default it unmaps large blocks, and each step faults its pages in anew.
+
+    And PyTorch to take large pages: fewer of them fault, and fewer addresses have to be looked up.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at the first tensor
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         m_trim_threshold, m_mmap_max = -1, -4
@@ -121,6 +158,11 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def step_gflop(net: ResNet, size: int) -> float:
+    """GFLOP of a training step on one image of `size` px: the backward pass costs twice the forward pass."""
+    return 3 * forward_gflop(net, size)
 
 
 def forward_gflop(model: ResNet, size: int) -> float:

@@ -42,7 +42,7 @@ def load(folder: Path, size: int) -> tuple[DataSet, tuple[Tensor, Tensor] | None
     Prints a line on what is left out. Raises RunError for fewer than two classes, a class without pictures, a file
     that cannot be opened, and a picture that is there under two classes or in both train and val.
     """
-    names = ("train", "val") if all((folder / name).is_dir() for name in ("train", "val")) else (".",)
+    names = ("train", "val") if _is_split(folder) else (".",)
     listings = [_list(folder / name) for name in names]
     one_sided = set(listings[0].classes) ^ set(listings[-1].classes)
     if one_sided:
@@ -59,9 +59,21 @@ def load(folder: Path, size: int) -> tuple[DataSet, tuple[Tensor, Tensor] | None
 
 
 def load_test(folder: Path, size: int) -> DataSet:
-    """The pictures of `folder`/test at `size` px. Raises RunError as `load` does, and where there is no such folder."""
+    """The pictures of `folder`/test at `size` px.
+
+    Raises RunError as `load` does, where there is no such folder, and for a picture that is in train or val too.
+    """
     listing = _list(folder / "test")
-    return DataSet(_squares(listing, size), listing.labels, listing.classes)
+    images = _squares(listing, size)
+    known = set(_digests(load(folder, size)[0].images)) if _is_split(folder) else set()
+    for path, digest in zip(listing.paths, _digests(images), strict=True):
+        if digest in known:
+            raise RunError(f"{path} is one picture with one in train or val; take it out of test")
+    return DataSet(images, listing.labels, listing.classes)
+
+
+def _is_split(folder: Path) -> bool:
+    return all((folder / name).is_dir() for name in ("train", "val"))
 
 
 def _list(folder: Path) -> Listing:
@@ -71,11 +83,12 @@ def _list(folder: Path) -> Listing:
         raise RunError(f"cannot read the folder {folder}: {error.strerror or error}") from error
     folders = [path for path in entries if path.is_dir()]
     classes = tuple(path.name for path in folders)
+    for path in folders:
+        if path.name in SPLIT_NAMES and any(below.is_dir() for below in path.glob("[!.]*")):
+            raise RunError(f"{path} holds folders itself: a split as given takes train and val, by these names")
     if len(classes) < 2:
         found = f"one class only ({classes[0]})" if classes else "no class folders"
         raise RunError(f"{folder} holds {found}; it takes a folder of pictures for each of two or more classes")
-    if SPLIT_NAMES.issuperset(classes):
-        raise RunError(f"{folder} holds {' and '.join(classes)}; a split as given takes train and val, by these names")
     members = [pictures.find(path) for path in folders]
     for name, paths in zip(classes, members, strict=True):
         if not paths:
@@ -134,12 +147,16 @@ def _open(paths: list[Path], size: int) -> Tensor:
     return images
 
 
+def _digests(images: Tensor) -> list[bytes]:
+    return [hashlib.sha256(image.data).digest() for image in images.numpy()]
+
+
 def _distinct(images: Tensor, labels: Tensor, part: Tensor, paths: list[Path]) -> Tensor:
     """Indices of the pictures without repetitions within a class and part; any other repetition raises RunError."""
     first: dict[bytes, int] = {}
     repeated = []
-    for index, image in enumerate(images.numpy()):
-        other = first.setdefault(hashlib.sha256(image.data).digest(), index)
+    for index, digest in enumerate(_digests(images)):
+        other = first.setdefault(digest, index)
         if labels[other] != labels[index] or part[other] != part[index]:
             where = "train and val" if part[other] != part[index] else "two classes"
             raise RunError(f"{paths[other]} and {paths[index]} are one picture in {where}; take it out of one of them")

@@ -96,17 +96,22 @@ class Learner:
             rows = slice(step * stage.batch, (step + 1) * stage.batch)
             index, uniforms = draws.order[rows], draws.uniforms[rows]
             x = view(images[index], uniforms, draws.colour_orders[step], size, self.recipe.view)
-            loss, right = self._forward(normalise(x, inplace=True), labels[index], draws.mix[rows], uniforms)
-            self._learn(loss)
-            losses[step] = loss.detach()
+            loss, right = self._step(normalise(x, inplace=True), labels[index], draws.mix[rows], uniforms)
+            losses[step] = loss
             hits += right
             tick()
         if self.recipe.schedule == "restarts":
             self.schedule.step()
         return self._result(losses, hits, steps * stage.batch)
 
+    def _step(self, x: Tensor, labels: Tensor, lam: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """Learn from one batch of normalised views; mean loss and number of right answers, on the device."""
+        loss, right = self._forward(x, labels, lam, uniforms)
+        self._learn(loss)
+        return loss.detach(), right
+
     def _forward(self, x: Tensor, labels: Tensor, lam: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean loss of a batch of normalised views and number of right answers, both on the device."""
+        """Erase and mix, and see what the network makes of it: mean loss and number of right answers."""
         views = self.recipe.view
         x, other, share = mix(erase(x, uniforms, views), labels, lam, uniforms, views)
         with self.engine.autocast():

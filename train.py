@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         learner = Learner(recipe, len(found.classes), machine)
     except ValueError as error:
-        settings.build_parser().error(str(error))
+        settings.build_parser().error(f"{error}: give smaller --layers or --planes, or a larger --budget")
     record = Record(settings.run_folder(recipe, runtime), recipe, found.classes, dataset.identity(found, train, val))
     files.make_folder(record.folder)
     with checkpoint.locked(record.folder):
@@ -134,7 +134,7 @@ class Run:
         record.write_config(self.runtime, self.machine, count_parameters(learner.net))
         seconds = self.machine.predict_seconds(recipe, learner.net, len(self.train), record.done)
         print(f"{record.folder}: {recipe.name}, {record.done} of {recipe.epochs} epochs done")
-        print(f"{self.machine}: predicted {duration(seconds)} for the remaining epochs")
+        print(f"{self.machine}: predicted {duration(seconds)} for the remaining epochs", flush=True)
         if self.machine.device.type == "cpu" and seconds > LONG:
             print("that is long for a CPU: --recipe cpu takes about half an hour on two cores, --demo under a minute")
 

@@ -63,22 +63,30 @@ def remains(folder: Path) -> dict[str, Any]:
     found = {}
     for name in ("last.pt", "previous.pt", "best.pt"):
         if (folder / name).exists():
-            found |= _flat(checkpoint.load(folder / name), name)
+            found |= flat(checkpoint.load(folder / name), name)
     with open(folder / "metrics.csv", encoding="utf-8", newline="") as file:
-        found |= _flat(list(csv.DictReader(file)), "metrics.csv")
-    found |= _flat(json.loads((folder / "summary.json").read_text(encoding="utf-8")), "summary.json")
+        found |= flat(list(csv.DictReader(file)), "metrics.csv")
+    found |= flat(json.loads((folder / "summary.json").read_text(encoding="utf-8")), "summary.json")
     found |= {path.name: path.read_bytes() for path in folder.glob("*.png")}
     return found | {"files": sorted(path.name for path in folder.iterdir())}
 
 
-def _flat(value: Any, name: str) -> dict[str, Any]:
+def flat(value: Any, name: str) -> dict[str, Any]:
     if isinstance(value, torch.Tensor):
         return {name: (value.dtype, value.shape, value.contiguous().flatten().view(torch.uint8).numpy().tobytes())}
     if isinstance(value, dict | list | tuple):
         items = value.items() if isinstance(value, dict) else enumerate(value)
-        parts = [_flat(part, f"{name}/{key}") for key, part in items if key not in CLOCK]
+        parts = [flat(part, f"{name}/{key}") for key, part in items if key not in CLOCK]
         return functools.reduce(dict.__or__, parts, {f"{name}/": len(value)})
     return {name: value}
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """All tensors in nested dicts and lists."""
+    if isinstance(value, dict | list | tuple):
+        parts = value.values() if isinstance(value, dict) else value
+        return [tensor for part in parts for tensor in tensors(part)]
+    return [value] if isinstance(value, torch.Tensor) else []
 
 
 def hashes(folder: Path, pattern: str = "*") -> dict[str, str]:

@@ -82,7 +82,7 @@ def test_flipped_bits(folder: Path) -> None:
     """Each is noticed, or lies in a byte that means nothing: then all values are what they were."""
     path, chance = folder / "best.pt", random.Random(0)
     content, noticed = path.read_bytes(), 0
-    whole = faults._flat(checkpoint.load(path), "")
+    whole = faults.flat(checkpoint.load(path), "")
     ends = [*range(300), *range(len(content) - 700, len(content))]
     positions = chance.sample(range(len(content)), 300) + chance.sample(ends, 300)
     for position in positions:
@@ -90,7 +90,7 @@ def test_flipped_bits(folder: Path) -> None:
         flipped[position] ^= 1 << chance.randrange(8)
         path.write_bytes(flipped)
         try:
-            assert faults._flat(checkpoint.load(path), "") == whole, f"bit of byte {position}"
+            assert faults.flat(checkpoint.load(path), "") == whole, f"bit of byte {position}"
         except RunError:
             noticed += 1
     assert noticed > 400

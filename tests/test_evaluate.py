@@ -283,7 +283,7 @@ def test_what_cannot_be_read_or_written_is_one_line(tiny_run, tmp_path, capsys):
         ([tmp_path / "file"], "file"),
         ([tiny_run, "--out", tmp_path / "file"], "file"),
         ([tiny_run, "--device", "abacus"], "abacus"),
-        ([tiny_run, "--images", tmp_path], str(tmp_path)),
+        ([tiny_run, "--out", tmp_path, "--images", tmp_path], str(tmp_path)),
     ):
         assert run(*arguments) == 1
         said = capsys.readouterr().err

@@ -111,7 +111,9 @@ def test_overwrite_leaves_other_files_alone(reference: dict, out: list[str], tmp
     foreign = [tmp_path / "run" / name for name in ("notes.txt", "own.png", ".own.tmp")]
     for path in foreign:
         path.write_text("kept")
+    (tmp_path / "run" / ".views-stage3.png.tmp").write_text("left by a kill")
     assert run([*ONE, *out, "--overwrite", "--seed", "1"], log, tiny) == 0, log.read_text()
+    assert not (tmp_path / "run" / ".views-stage3.png.tmp").exists()
     assert [path.read_text() for path in foreign] == ["kept"] * 3
     assert rows(tmp_path / "run") == 5
 

@@ -20,6 +20,7 @@ import pictures
 import settings
 import train
 from errors import RunError
+from model import count_parameters
 
 
 @pytest.fixture
@@ -39,6 +40,30 @@ def test_every_picture_arrives_as_its_square_under_its_class(images: Path) -> No
     assert found.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5 and found.labels.dtype == torch.int64
     paths = [path for name in found.classes for path in sorted((images / name).glob("[!.]*"))]
     assert torch.equal(found.images, torch.stack([pictures.open_square(path, 32) for path in paths]))
+
+
+def test_pictures_of_any_mode_arrive_in_eight_bit_colours(tmp_path: Path) -> None:
+    size, red = (50, 40), (255, 0, 0)
+    animation = [Image.new("RGB", size, colour) for colour in ((0, 0, 255), red)]
+    half_red = Image.new("RGBA", size, (*red, 128))
+    pages = {
+        "a.png": (Image.new("L", size, 100), (100, 100, 100)),
+        "b.png": (Image.new("RGB", size, red).quantize(4), red),
+        "c.png": (half_red, (255, 127, 127)),  # on white
+        "d.png": (Image.fromarray(np.full(size[::-1], 40_000, np.uint16)), (156, 156, 156)),
+        "e.png": (Image.new("1", size, 1), (255, 255, 255)),
+        "f.tif": (Image.new("CMYK", size, (255, 0, 255, 0)), (0, 255, 0)),
+        "g.gif": (animation[0], (0, 0, 255)),
+    }
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    draw(tmp_path / "two" / "two.png", (9, 9, 9), 0)
+    for name, (page, _) in pages.items():
+        more = {"save_all": True, "append_images": animation[1:]} if name == "g.gif" else {}
+        page.save(tmp_path / "one" / name, **more)
+    found = folder.load(tmp_path, 32)[0]
+    for image, (name, (_, colour)) in zip(found.images, pages.items(), strict=False):
+        assert torch.equal(image, torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1).expand(3, 32, 32)), name
 
 
 def test_pictures_in_folders_below_a_class_belong_to_it(images: Path) -> None:
@@ -156,6 +181,15 @@ def test_one_picture_in_train_and_val_is_refused(tmp_path: Path) -> None:
         folder.load(tmp_path, 32)
 
 
+def test_test_picture_that_was_trained_on_is_refused(tmp_path: Path) -> None:
+    for start, name in enumerate(("train", "val", "test")):
+        fill(tmp_path / name, 2, start=500 * start)
+    assert len(folder.load_test(tmp_path, 32).labels) == 6
+    (tmp_path / "test" / "sky" / "copy.png").write_bytes((tmp_path / "train" / "sky" / "sky0.png").read_bytes())
+    with pytest.raises(RunError, match=r"test/sky/copy.png is one picture with one in train or val; take it out"):
+        folder.load_test(tmp_path, 32)
+
+
 def test_broken_files_are_named_and_counted(images: Path) -> None:
     (images / "apple" / "a.png").write_bytes(b"not a picture")
     whole = (images / "sky" / "sky1.jpg").read_bytes()
@@ -213,7 +247,7 @@ def _one_picture(images: Path) -> None:
         (_absent, "cannot read the folder .*garden: No such file"),
         (_one_class, r"garden holds one class only \(apple\)"),
         (_empty_class, "class pear has no pictures"),
-        (_no_val, "garden holds test and train; a split as given takes train and val"),
+        (_no_val, "garden/test holds folders itself: a split as given takes train and val, by these names"),
         (_class_missing_in_val, "class leaf is in only one of .*train and .*val"),
         (_one_picture, "class pear has one picture only"),
     ),
@@ -255,11 +289,12 @@ def test_test_images_of_other_classes_are_refused(tmp_path: Path, monkeypatch: p
     images = fill(tmp_path / "garden", 4)
     assert train.main([*TINY, "--images", str(images), "--out", str(tmp_path / "run")]) == 0
     trained = checkpoint.load_network(tmp_path / "run")
-    fill(images / "test", 1, start=900)
-    assert len(dataset.load_test(trained, Path("data"), images).labels) == 3
-    draw(images / "test" / "pear" / "one.png", (200, 200, 0), 1)
+    others = tmp_path / "others"
+    fill(others / "test", 1, start=900)
+    assert len(dataset.load_test(trained, Path("data"), others).labels) == 3
+    draw(others / "test" / "pear" / "one.png", (200, 200, 0), 1)
     with pytest.raises(RunError, match="have the classes apple, leaf, pear, sky, the network apple, leaf, sky"):
-        dataset.load_test(trained, Path("data"), images)
+        dataset.load_test(trained, Path("data"), others)
 
 
 @pytest.mark.parametrize(
@@ -278,11 +313,14 @@ def test_flags_that_do_not_go_together_are_a_usage_error(flags, told, capsys: py
     assert ended.value.code == 2 and told in capsys.readouterr().err
 
 
-def test_parameter_budget_holds_unless_it_is_raised() -> None:
-    wide = recipe(planes=(64, 96, 160), layers=(4, 9, 8))
-    with pytest.raises(ValueError, match="over the budget of 2,000,000"):
-        checkpoint.network(wide, 10)
-    assert checkpoint.network(settings.replace(wide, {"budget": 10_000_000}), 10).fc.out_features == 10
+def test_parameter_budget_holds_unless_it_is_raised(images: Path, capsys: pytest.CaptureFixture) -> None:
+    parameters = count_parameters(checkpoint.network(recipe(planes=(2, 2, 2)), 3))
+    line = [*TINY, "--images", str(images), "--out", str(images.with_name("run"))]
+    with pytest.raises(SystemExit) as ended:
+        train.main([*line, "--budget", str(parameters - 1)])
+    told = f"the network has {parameters:,} parameters, 1 over the budget of {parameters - 1:,}: give smaller --layers"
+    assert ended.value.code == 2 and told in capsys.readouterr().err and not images.with_name("run").exists()
+    assert train.main([*line, "--budget", str(parameters)]) == 0
 
 
 def official(folder: Path, per_class: int, monkeypatch: pytest.MonkeyPatch) -> None:

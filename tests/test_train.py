@@ -1,19 +1,32 @@
 """The command end of training: wrong flags, damaged data, numbers gone wrong, and the same bits again."""
 
 import dataclasses
+import hashlib
+import math
+import os
+import re
 import signal
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import faults
 import pytest
+import torch
+from torch import Tensor
 
+import checkpoint
+import data
+import demo
+import download
 import errors
 import plots
+import scoring
 import train
 from augment import Views
+from learner import Learner
 from settings import Recipe, Runtime, Stage
 
 FLAGS = "--demo --threads 1 --epochs 2 1 --crop-size 32 32 --eval-size 32 32 --batch 32 32 --planes 4 4 8".split()
@@ -109,3 +122,200 @@ def test_wrong_flags(tmp_path: Path, small_demo, monkeypatch, capsys) -> None:
         assert usage.startswith("usage: train.py") and message.count("\n") == 1, (case, message)
         assert flag in message, (case, message)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]  # the demo's: some cases need to know its size
+
+
+# damaged data
+
+
+@pytest.fixture
+def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of 50 images in the official files' format, taken for the official ones; nothing can be fetched."""
+    images, labels = demo.draw("train", 5)
+    folder = tmp_path / "data" / data.FOLDER
+    folder.mkdir(parents=True)
+    (folder / "train_X.bin").write_bytes(images.tobytes())
+    (folder / "train_y.bin").write_bytes(labels.tobytes())
+    (folder / data.FOLDS_FILE).write_text("0 1 2 3 4 5 6 7 8 9\n" * 10)
+    for path in folder.iterdir():
+        expect(path, monkeypatch)
+    monkeypatch.setattr(
+        download, "fetch", partial(download.fetch, url="http://127.0.0.1:9/none", pauses=(), progress=False)
+    )
+    return folder
+
+
+def expect(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a file's present content be the right one."""
+    content = path.read_bytes()
+    spec = data.FileSpec(len(content), hashlib.md5(content).hexdigest())
+    monkeypatch.setitem(data.OFFICIAL, path.name, spec)
+    if path.name in download.LABELLED:
+        monkeypatch.setitem(download.LABELLED, path.name, spec)
+
+
+def run_official(folder: Path, *flags: str) -> int:
+    """Train on the files in `folder`."""
+    small = [*FLAGS[1:], "--views", "1", "--layers", "1", "1", "1"]
+    place = ["--data-dir", str(folder.parent), "--out", str(folder.parent.parent / "run")]
+    return command(*small, "--batch", "16", "16", *place, *flags)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def swap(path: Path) -> None:
+    other = path.with_name({"train_X.bin": "train_y.bin", "train_y.bin": "train_X.bin"}.get(path.name, "train_y.bin"))
+    path.rename(path.with_name("aside"))
+    other.rename(path)
+    path.with_name("aside").rename(other)
+
+
+def replace_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def make_unreadable(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (Path.unlink, "cannot fetch|is missing"),
+    "empty": (lambda path: os.truncate(path, 0), "has 0 bytes, expected"),
+    "short": (lambda path: os.truncate(path, path.stat().st_size - 1), "bytes, expected"),
+    "long": (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "bytes, expected"),
+    "flipped": (flip, "is damaged or another file"),
+    "swapped": (swap, "bytes, expected"),
+    "folder": (replace_by_folder, "is not a file"),
+    "unreadable": (make_unreadable, "cannot read .*: Too many levels"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["train_X.bin", "train_y.bin", data.FOLDS_FILE])
+def test_damaged_data(name: str, damage: str, official: Path, capsys) -> None:
+    function, words = DAMAGES[damage]
+    function(official / name)
+    before = faults.hashes(official)
+    assert run_official(official, *(["--fold", "0"] if name == data.FOLDS_FILE else [])) == 1
+    said = error(capsys)
+    assert re.search(words, said) and str(official.parent) in said and (damage == "swapped" or name in said), said
+    assert faults.hashes(official) == before and not (official.parent.parent / "run").exists()
+
+
+@pytest.mark.parametrize("label", [0, 11, 255])
+def test_labels_out_of_range(label: int, official: Path, monkeypatch, capsys) -> None:
+    path = official / "train_y.bin"
+    path.write_bytes(bytes([label]) + path.read_bytes()[1:])
+    expect(path, monkeypatch)
+    assert run_official(official) == 1
+    assert f"{path} holds labels from" in error(capsys)
+
+
+def test_right_data(official: Path) -> None:
+    assert run_official(official) == 0
+    assert run_official(official, "--fold", "3", "--overwrite", "--batch", "8", "8") == 0
+
+
+# numbers gone wrong
+
+
+def after_step(monkeypatch: pytest.MonkeyPatch, number: int, change: Callable[[Learner], object]) -> None:
+    """Have `change` happen after a training step, counted from 1 over the whole run: five are an epoch."""
+    original, steps = Learner._step, 0
+
+    def step(learner: Learner, *args: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal steps
+        steps += 1
+        loss, hits = original(learner, *args)
+        factor = change(learner) if steps == number else None
+        return loss if factor is None else loss * factor, hits
+
+    monkeypatch.setattr(Learner, "_step", step)
+
+
+def spoil(tensor: Tensor, value: float = math.nan) -> None:
+    with torch.no_grad():
+        tensor[(0,) * tensor.dim()] = value
+
+
+def optimiser_value(learner: Learner) -> Tensor:
+    name = {"sgd": "momentum_buffer", "adam": "exp_avg_sq"}[learner.recipe.optimizer]
+    return learner.optimizer.state[learner.net.fc.weight][name]
+
+
+SPOILT: dict[str, tuple[Callable[[Learner], object], str]] = {
+    "loss": (lambda learner: math.inf, "the loss of step 5 of epoch 2"),
+    "weight": (lambda learner: spoil(learner.net.conv1.weight), "a weight"),
+    "infinite weight": (lambda learner: spoil(learner.net.fc.bias, -math.inf), "a weight"),
+    "running mean": (lambda learner: spoil(learner.net.bn1.running_mean), "running statistic"),
+    "running variance": (lambda learner: spoil(learner.net.layer3[0].bn2.running_var, math.inf), "running statistic"),
+    "averaged weight": (lambda learner: spoil(learner.scored.fc.weight), "a weight"),
+    "averaged statistic": (lambda learner: spoil(learner.scored.bn1.running_var), "running statistic"),
+    "optimiser": (lambda learner: spoil(optimiser_value(learner), math.inf), "optimiser value"),
+}
+
+
+@pytest.mark.parametrize("flags", ["--average 0.9 --optimizer sgd --schedule cosine", "--average 0.9 --train-on all"])
+@pytest.mark.parametrize("what", SPOILT)
+def test_number_gone_wrong(what: str, flags: str, tmp_path: Path, small_demo, monkeypatch, capsys) -> None:
+    """Even in the last step of an epoch: nothing of the epoch is kept, and the state before it is."""
+    folder, (change, words), steps = tmp_path / "run", SPOILT[what], 6 if "all" in flags else 5
+    after_step(monkeypatch, 2 * steps, change)
+    assert run(folder, *flags.split()) == 1
+    said = error(capsys)
+    for word in (words.replace("step 5", f"step {steps}"), "of epoch 2 is not a finite number", "--lr", "--init"):
+        assert word in said, said
+    state, warning = checkpoint.resume(folder)
+    assert warning is None and len(state["rows"]) == 1
+    assert all(value.isfinite().all() for value in faults.tensors(state))
+    assert len((folder / "metrics.csv").read_text().splitlines()) == 2
+    assert (folder / "best.pt").exists() == ("all" not in flags)
+
+
+def test_validation_loss_gone_wrong(tmp_path: Path, small_demo, monkeypatch, capsys) -> None:
+    original = scoring.hits_and_loss
+    monkeypatch.setattr(scoring, "hits_and_loss", lambda *args: (original(*args)[0], torch.tensor(math.nan)))
+    assert run(tmp_path / "run") == 1
+    assert "the validation loss of epoch 1 is not a finite number" in error(capsys)
+    assert not list((tmp_path / "run").glob("*.pt"))
+
+
+def test_learning_rate_far_too_high(tmp_path: Path, small_demo, capsys) -> None:
+    assert run(tmp_path / "run", "--optimizer", "sgd", "--lr", "100", "100", "--precision", "fp32") == 1
+    assert re.search("loss .*of epoch 1 is not a finite number.* lower --lr", error(capsys))
+    assert not list((tmp_path / "run").glob("*.pt"))
+
+
+def test_run_goes_on_after_a_number_gone_wrong(tmp_path: Path, small_demo, monkeypatch) -> None:
+    assert run(tmp_path / "whole" / "run") == 0
+    with monkeypatch.context() as patch:
+        after_step(patch, 8, lambda learner: math.nan)
+        assert run(tmp_path / "run") == 1
+    assert run(tmp_path / "run") == 0
+    assert faults.differences(tmp_path / "run", tmp_path / "whole" / "run") == []
+    start = ["--init", str(tmp_path / "run" / "last.pt"), "--lr", "0.001", "0.001"]  # the way out that is suggested
+    assert run(tmp_path / "other", *start) == 0
+
+
+# the same bits again
+
+
+@pytest.mark.parametrize("flags", ["", "--mixup 0.2 --cutmix 1 --erase 0.5 --average 0.9 --optimizer sgd --mirror"])
+def test_same_seed_same_bits(flags: str, tmp_path: Path, small_demo) -> None:
+    for name in "ab":
+        torch.manual_seed(ord(name))  # nothing hangs on the state of the global generator
+        assert run(tmp_path / name / "run", *flags.split()) == 0
+    assert faults.differences(tmp_path / "a" / "run", tmp_path / "b" / "run") == []
+
+
+@pytest.mark.parametrize("flags", ["--seed 1", "--split-seed 1"])
+def test_other_seed_other_bits(flags: str, tmp_path: Path, small_demo) -> None:
+    assert run(tmp_path / "a" / "run") == 0
+    assert run(tmp_path / "b" / "run", *flags.split()) == 0
+    different = faults.differences(tmp_path / "a" / "run", tmp_path / "b" / "run")
+    assert {"last.pt/model/conv1.weight", "best.pt/model/fc.weight", "metrics.csv/0/train_loss"} <= set(different)
