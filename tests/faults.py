@@ -169,10 +169,7 @@ def tiny(pictures: bool = False) -> None:
 
 
 def before(name: str, call: int, action: Prepare) -> None:
-    """Have `action` happen before the `call`-th call, from 1, of a function: `module.function`, `module.Class.method`.
-
-    With `call` 0 before each.
-    """
+    """Have `action` happen before the `call`-th call, from 1, of `module.function` or `module.Class.method`."""
     module, *owners, attribute = name.split(".")
     owner = functools.reduce(getattr, owners, importlib.import_module(module))
     original, calls = getattr(owner, attribute), 0
@@ -181,7 +178,7 @@ def before(name: str, call: int, action: Prepare) -> None:
     def replacement(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
-        if call in (0, calls):
+        if calls == call:
             action()
         return original(*args, **kwargs)
 
