@@ -134,9 +134,10 @@ class Run:
         record.write_config(self.runtime, self.machine, count_parameters(learner.net))
         seconds = self.machine.predict_seconds(recipe, learner.net, len(self.train), record.done)
         print(f"{record.folder}: {recipe.name}, {record.done} of {recipe.epochs} epochs done")
-        print(f"{self.machine}: predicted {duration(seconds)} for the remaining epochs", flush=True)
+        print(f"{self.machine}: predicted {duration(seconds)} for the remaining epochs")
         if self.machine.device.type == "cpu" and seconds > LONG:
-            print("that is long for a CPU: --recipe cpu takes about half an hour on two cores, --demo under a minute")
+            shorter = self.machine.predict_seconds(settings.RECIPES["cpu"], learner.net, len(self.train))
+            print(f"that is long for a CPU; predicted for --recipe cpu: {duration(shorter)}, for --demo: one minute")
 
     def epoch(self, number: int, epoch: int) -> float:
         """One epoch of a stage, both counted from 0: train, validate, commit, show. Returns its seconds."""
