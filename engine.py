@@ -23,6 +23,7 @@ PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Achieved GFLOP/s of the training step, for a prediction before anything has been measured (see benchmark.py).
 CPU_GFLOPS = {torch.bfloat16: 110.0, torch.float32: 40.0}  # per core
 CUDA_GFLOPS = {torch.bfloat16: 40_000.0, torch.float32: 10_000.0}
+LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # PyTorch reads it at a process's first tensor
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def predict_seconds(recipe: Recipe, images: int, rates: Mapping[int, float], don
 
 def start(runtime: Runtime) -> Engine:
     """Choose and set up the device. Raises RunError where the asked one is not there."""
-    device = _device(runtime.device)
+    device = choose_device(runtime.device)
     native = _has_native_bf16(device)
     if runtime.precision == "bf16" and device.type == "cuda" and not native:
         raise RunError(f"{runtime.device} has no bf16 arithmetic; use --precision fp32")
@@ -111,7 +112,8 @@ def start(runtime: Runtime) -> Engine:
     return Engine(device, torch.bfloat16 if bf16 else torch.float32, compile)
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The device of that name; `auto` takes CUDA where there is any. Raises RunError where there is none such."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -144,7 +146,7 @@ def _keep_memory() -> None:
 
     And PyTorch to take large pages: fewer of them fault, and fewer addresses have to be looked up.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at the first tensor
+    os.environ.setdefault(LARGE_PAGES, "1")
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         m_trim_threshold, m_mmap_max = -1, -4
