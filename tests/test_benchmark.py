@@ -1,0 +1,151 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+from torchvision import transforms
+
+import augment
+import benchmark
+import demo
+from settings import RECIPES, Runtime
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(benchmark, "CORES", 1)
+    monkeypatch.setattr(benchmark, "DRAWN", 2)
+
+
+SMALL = dataclasses.replace(RECIPES["original"], layers=(1, 1, 1), planes=(4, 4, 4))
+
+
+def job(**changes) -> benchmark.Job:
+    runtime = Runtime(device="cpu", threads=1, precision="fp32")
+    return benchmark.Job(SMALL, runtime, None, size=32, batch=4, eval_size=40, steps=2)._replace(**changes)
+
+
+def point(size: int, classic: list[float], ours: list[float]) -> dict:
+    row = {"name": "a row", "classic": classic, "engine": ours}
+    row["ratios"] = [b / a for a, b in zip(classic, ours, strict=True)]
+    return {
+        "size": size,
+        "batch": 8,
+        "rows": [row] * 4,
+        "step_tflops": {"classic": 0.05, "engine": 0.4},
+        "matmul_tflops": 0.8,
+        "peak_memory": {"classic": 2**30, "engine": 3 * 2**29},
+    }
+
+
+@pytest.mark.parametrize("side", [benchmark.Classic, benchmark.Ours])
+def test_both_sides_train_and_score_what_a_job_asks_for(side, small, monkeypatch):
+    trained = []
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (trained.append(1), step(self)))
+    mine = side(job())
+    for method, steps in (("views", 0), ("train_steps", 2), ("end_to_end", 2), ("score", 0)):
+        trained.clear()
+        getattr(mine, method)()
+        assert len(trained) == steps, method
+    net = mine.net if side is benchmark.Classic else mine.learner.net
+    assert net.training and net.bn1.num_batches_tracked == 4
+
+
+def test_the_classic_loader_delivers_the_recipes_views(small):
+    mine = benchmark.Classic(job(size=48))
+    batches = list(mine.loader)
+    assert [tuple(x.shape) for x, _ in batches] == [(4, 3, 48, 48)] * 2
+    assert sorted(torch.cat([labels for _, labels in batches]).tolist()) == sorted(mine.pictures.labels[:8].tolist())
+    (x, _), *_ = mine.eval_loader
+    assert x.shape == (4, 3, 40, 40)
+    torch.testing.assert_close(
+        mine.pictures.images[3].transpose(1, 2, 0), demo.draw("train", 2)[0][3].transpose(2, 1, 0), atol=0, rtol=0
+    )
+
+
+def test_classic_views_are_the_original_ones():
+    rotation, crop, colour, hflip, vflip = benchmark.classic_views(augment.Views(), 70)
+    assert rotation.degrees == [-45, 45] and rotation.interpolation is transforms.InterpolationMode.NEAREST
+    assert (crop.size, crop.scale, crop.ratio) == ((70, 70), (0.08, 1.0), (3 / 4, 4 / 3))
+    assert crop.interpolation is transforms.InterpolationMode.BILINEAR and crop.antialias
+    assert colour.brightness == colour.contrast == colour.saturation == (0.7, 1.3) and colour.hue == (-0.3, 0.3)
+    assert hflip.p == vflip.p == 0.5
+
+
+def test_sides_take_turns_and_the_first_does_not_count():
+    asked = []
+
+    class Side:
+        samples = 100
+
+        def __init__(self, name: str, seconds: list[float]) -> None:
+            self.name, self.seconds = name, iter(seconds)
+
+        def ask(self, question, *arguments) -> float:
+            assert question is benchmark.Process.seconds and arguments == ("score", 1)
+            asked.append(self.name)
+            return next(self.seconds)
+
+    sides = [Side("classic", [9.0, 4.0, 5.0]), Side("engine", [9.0, 1.0, 2.0])]
+    row = benchmark.take_turns("scoring", sides, 2, "score", 1)
+    assert asked == ["classic", "engine"] * 3
+    assert row == {"name": "scoring", "classic": [25.0, 20.0], "engine": [100.0, 50.0], "ratios": [4.0, 2.5]}
+
+
+def test_a_row_shows_medians_and_the_spread_of_the_ratios():
+    row = point(70, [10.0, 20.0, 40.0], [1000.0, 5000.0, 1200.0])["rows"][0]
+    assert benchmark.cells_of(row) == ["a row", "20.0", "1,200", "100.0 (30.0 to 250.0)"]
+
+
+def test_the_table_is_markdown_with_arithmetic_and_memory():
+    lines = benchmark.text(point(70, [10.0], [50.0])).splitlines()
+    assert [line.count("|") for line in lines[:6]] == [5] * 6 and lines[6] == ""
+    assert lines[0] == "| 70 px, batch 8 | classic, images/s | engine, images/s | times faster |"
+    assert "classic 0.05 (6%), engine 0.4 (50%)" in lines[7] and "1.00 and 1.50 GiB" in lines[7]
+
+
+def test_a_forecast_is_samples_over_the_end_to_end_rates():
+    measured = [point(70, [10.0, 10.0, 99.0], [100.0] * 3), point(120, [4.0] * 3, [1.0, 20.0, 40.0])]
+    samples = {70: 300 * 80_000, 120: 140 * 80_000}
+    assert benchmark.forecast(RECIPES["original"], measured) == {
+        "classic": pytest.approx(samples[70] / 10 + samples[120] / 4),
+        "engine": pytest.approx(samples[70] / 100 + samples[120] / 20),
+    }
+    assert benchmark.forecast(RECIPES["original"], measured[:1]) == {}
+
+
+def test_points_are_the_recipes_unless_others_are_asked_for():
+    assert benchmark.points(RECIPES["original"]) == [(70, 128, 96), (120, 64, 144)]
+    assert benchmark.points(RECIPES["cpu"]) == [(48, 64, 96), (64, 64, 96)]
+    assert benchmark.points(RECIPES["original"], size=96, batch=256) == [(96, 256, 96)]
+
+
+def test_the_command_prints_a_table_and_writes_every_figure(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(RECIPES, "original", SMALL)
+    file = tmp_path / "speed.json"
+    flags = "--size 32 --batch 2 --steps 1 --turns 2 --device cpu --threads 1 --precision fp32".split()
+    assert benchmark.main([*flags, "--json", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "| end to end |" in printed and "trains on" not in printed  # of two sizes one has no rate
+    found = json.loads(file.read_text())
+    assert (found["precision"], found["threads"], found["compile"], found["seconds"]) == ("fp32", 1, False, {})
+    (only,) = found["points"]
+    names = ["views by one core", "training step", "end to end", "scoring at 96 px"]
+    assert [row["name"] for row in only["rows"]] == names
+    for row in only["rows"]:
+        assert len(row["classic"]) == len(row["engine"]) == 2 and min(row["classic"] + row["engine"]) > 0
+        assert row["ratios"] == [b / a for a, b in zip(row["classic"], row["engine"], strict=True)]
+    assert only["matmul_tflops"] > 0 and min(only["peak_memory"].values()) > 2**26
+
+
+def test_a_missing_folder_is_a_sentence(tmp_path, capsys):
+    assert benchmark.errors.report(lambda: benchmark.main(["--data-dir", str(tmp_path), "--device", "cpu"])) == 1
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--size", "31"], ["--turns", "0"], ["--recipe", "demo"], ["--threads", "-1"]])
+def test_bad_usage_ends_with_status_2(flags):
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(flags)
+    assert stop.value.code == 2
