@@ -89,9 +89,10 @@ class Classic:
         os.environ.pop(engine.LARGE_PAGES, None)  # the engine's idea, which it set before this process began
         if job.runtime.threads:
             torch.set_num_threads(job.runtime.threads)
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")
         self.job, self.device = job, engine.choose_device(job.runtime.device)
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+            torch.set_float32_matmul_precision("high")
         images, labels = load(job.data_dir)
         to_tensor = [transforms.ToTensor(), transforms.Normalize(augment.MEAN, augment.STD)]
         views = transforms.Compose([*classic_views(job.recipe.view, job.size), *to_tensor])
