@@ -8,21 +8,22 @@ from torchvision import transforms
 import augment
 import benchmark
 import demo
+import sides
 from settings import RECIPES, Runtime
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(benchmark, "CORES", 1)
-    monkeypatch.setattr(benchmark, "DRAWN", 2)
+    monkeypatch.setattr(sides, "CORES", 1)
+    monkeypatch.setattr(sides, "DRAWN", 2)
 
 
 SMALL = dataclasses.replace(RECIPES["original"], layers=(1, 1, 1), planes=(4, 4, 4))
 
 
-def job(**changes) -> benchmark.Job:
+def job(**changes) -> sides.Job:
     runtime = Runtime(device="cpu", threads=1, precision="fp32")
-    return benchmark.Job(SMALL, runtime, None, size=32, batch=4, eval_size=40, steps=2)._replace(**changes)
+    return sides.Job(SMALL, runtime, None, size=32, batch=4, eval_size=40, steps=2)._replace(**changes)
 
 
 def point(size: int, classic: list[float], ours: list[float]) -> dict:
@@ -38,7 +39,7 @@ def point(size: int, classic: list[float], ours: list[float]) -> dict:
     }
 
 
-@pytest.mark.parametrize("side", [benchmark.Classic, benchmark.Ours])
+@pytest.mark.parametrize("side", [sides.Classic, sides.Ours])
 def test_both_sides_train_and_score_what_a_job_asks_for(side, small, monkeypatch):
     trained = []
     step = torch.optim.Adam.step
@@ -48,12 +49,12 @@ def test_both_sides_train_and_score_what_a_job_asks_for(side, small, monkeypatch
         trained.clear()
         getattr(mine, method)()
         assert len(trained) == steps, method
-    net = mine.net if side is benchmark.Classic else mine.learner.net
+    net = mine.net if side is sides.Classic else mine.learner.net
     assert net.training and net.bn1.num_batches_tracked == 4
 
 
 def test_the_classic_loader_delivers_the_recipes_views(small):
-    mine = benchmark.Classic(job(size=48))
+    mine = sides.Classic(job(size=48))
     batches = list(mine.loader)
     assert [tuple(x.shape) for x, _ in batches] == [(4, 3, 48, 48)] * 2
     assert sorted(torch.cat([labels for _, labels in batches]).tolist()) == sorted(mine.pictures.labels[:8].tolist())
@@ -65,7 +66,7 @@ def test_the_classic_loader_delivers_the_recipes_views(small):
 
 
 def test_classic_views_are_the_original_ones():
-    rotation, crop, colour, hflip, vflip = benchmark.classic_views(augment.Views(), 70)
+    rotation, crop, colour, hflip, vflip = sides.classic_views(augment.Views(), 70)
     assert rotation.degrees == [-45, 45] and rotation.interpolation is transforms.InterpolationMode.NEAREST
     assert (crop.size, crop.scale, crop.ratio) == ((70, 70), (0.08, 1.0), (3 / 4, 4 / 3))
     assert crop.interpolation is transforms.InterpolationMode.BILINEAR and crop.antialias
@@ -87,8 +88,8 @@ def test_sides_take_turns_and_the_first_does_not_count():
             asked.append(self.name)
             return next(self.seconds)
 
-    sides = [Side("classic", [9.0, 4.0, 5.0]), Side("engine", [9.0, 1.0, 2.0])]
-    row = benchmark.take_turns("scoring", sides, 2, "score", 1)
+    two = [Side("classic", [9.0, 4.0, 5.0]), Side("engine", [9.0, 1.0, 2.0])]
+    row = benchmark.take_turns("scoring", two, 2, "score", 1)
     assert asked == ["classic", "engine"] * 3
     assert row == {"name": "scoring", "classic": [25.0, 20.0], "engine": [100.0, 50.0], "ratios": [4.0, 2.5]}
 

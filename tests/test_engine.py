@@ -21,7 +21,7 @@ from settings import RECIPES, Runtime, Stage
 
 CPU = torch.device("cpu")
 PLAIN = Engine(CPU, torch.float32, compile=False)
-RECIPE = dataclasses.replace(RECIPES["cpu"], layers=(1, 1, 1), planes=(4, 8, 8), average=0.5)
+RECIPE = dataclasses.replace(RECIPES["cpu"], views=1, layers=(1, 1, 1), planes=(4, 8, 8), average=0.5)
 STAGE = Stage(epochs=4, crop_size=(32,), eval_size=32, batch=8, lr=0.1)
 
 
@@ -209,8 +209,9 @@ def test_predicted_seconds_are_samples_over_rates():
 def test_predicted_seconds_follow_the_sizes_within_a_stage():
     recipe = RECIPES["cpu"]
     sizes = [recipe.size(epoch) for epoch in range(recipe.epochs)]
-    expected = sum({48: 1 / 90, 64: 1 / 50}[size] for size in sizes) * 4_000
-    assert predict_seconds(recipe, 4_000, {48: 90.0, 64: 50.0}) == pytest.approx(expected)
+    rates = {32: 200.0, 48: 90.0, 64: 50.0}
+    expected = sum(1 / rates[size] for size in sizes) * 4_000 * recipe.views
+    assert predict_seconds(recipe, 4_000, rates) == pytest.approx(expected)
 
 
 def test_the_prediction_before_any_measurement_is_arithmetic(monkeypatch):
