@@ -8,8 +8,10 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 
+import faults
 import pytest
 import torch
 from torch import nn
@@ -18,18 +20,26 @@ import augment
 import checkpoint
 import distributed
 import errors
-import faults
 import train
 from engine import Engine
 from learner import Learner
 from model import build_model
 from settings import RECIPES, Stage
 
-CONTEXT = multiprocessing.get_context("forkserver")  # processes forked from one that has PyTorch loaded
-CONTEXT.set_forkserver_preload(["faults"])
+CONTEXT = multiprocessing.get_context("forkserver")
 LIMIT = 100  # seconds
 FLAGS = [*faults.RECIPES["cosine, sgd, averaged"], *faults.TINY]  # four epochs of two steps
 LOST = "has lost the other 1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> None:
+    """The process that others are forked from: it has PyTorch loaded, and one thread only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(faults.ROOT / "tests"), str(faults.ROOT)]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        CONTEXT.set_forkserver_preload(["faults"])
+        forkserver.ensure_running()
 
 
 def together(world: int, target: Callable, *arguments: object) -> list[int]:
@@ -104,8 +114,11 @@ SMALL_DISK = functools.partial(faults.limit_files, 1000)
 FAULTS = {
     "SIGTERM, noticed in different steps": ({0: at_step(4, TERM), 1: at_step(3, TERM)}, [], [143, 143]),
     "SIGTERM, noticed by the leader first": ({0: at_step(3, TERM), 1: at_step(4, TERM)}, [], [143, 143]),
-    "SIGTERM while the leader saves": (
-        {rank: (functools.partial(faults.before, "augment.draw", 2, TERM),) for rank in (0, 1)},
+    "SIGTERM while the leader saves and the follower waits": (
+        {
+            0: (functools.partial(faults.before, "checkpoint.save", 1, TERM),),
+            1: (functools.partial(faults.before, "distributed.largest", 4, TERM),),
+        },
         [],
         [143, 143],
     ),
@@ -134,6 +147,13 @@ def test_stopped_run_ends_in_all_processes_and_continues_bit_for_bit(fault: str,
     assert 1 <= len(checkpoint.load(out / "last.pt")["rows"]) < 4
     assert run(out) == [0, 0], log(out, 0) + log(out, 1)
     assert faults.differences(out, whole) == []
+
+
+def test_numbers_that_are_not_finite_end_all_processes(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(out, None, "--lr", "1e30", "1e30", "--precision", "fp32") == [1, 1], log(out, 0) + log(out, 1)
+    assert all("is not a finite number" in log(out, rank) for rank in (0, 1))
+    assert not (out / "last.pt").exists()
 
 
 def test_batch_that_cannot_be_shared_is_refused_before_anything_is_written(tmp_path: Path) -> None:
