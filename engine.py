@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import distributed
 from errors import RunError
 from model import ResNet
 from settings import Recipe, Runtime
@@ -28,11 +29,16 @@ LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # PyTorch reads it at a process's first te
 
 @dataclass(frozen=True)
 class Engine:
-    """A device that has been set up, the arithmetic used on it, and whether steps are compiled."""
+    """A device that has been set up, the arithmetic used on it, and whether steps are compiled.
+
+    Of `world` processes that train together this is number `rank`; number 0 leads.
+    """
 
     device: torch.device
     precision: torch.dtype
     compile: bool
+    rank: int = 0
+    world: int = 1
 
     def __str__(self) -> str:
         return f"{self.name}, {PRECISIONS[self.precision]}"
@@ -52,7 +58,19 @@ class Engine:
             "threads": torch.get_num_threads(),
             "precision": PRECISIONS[self.precision],
             "compile": self.compile,
+            "processes": self.world,
         }
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process keeps the run's record: validates, writes and prints."""
+        return self.rank == 0
+
+    def rows(self, step: int, batch: int) -> slice:
+        """This process's equal share of the epoch's samples in a step of `batch`, which `world` divides."""
+        share = batch // self.world
+        first = step * batch + self.rank * share
+        return slice(first, first + share)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context in which the network runs forward."""
@@ -88,8 +106,13 @@ def predict_seconds(recipe: Recipe, images: int, rates: Mapping[int, float], don
 
 
 def start(runtime: Runtime) -> Engine:
-    """Choose and set up the device. Raises RunError where the asked one is not there."""
+    """Choose and set up the device; under torchrun, meet the other processes. Raises RunError where the device or
+    another process is not there.
+    """
+    rank, world, local_rank = distributed.place()
     device = choose_device(runtime.device)
+    if world > 1 and device.type == "cuda":
+        device = choose_device(f"cuda:{local_rank}")
     native = _has_native_bf16(device)
     if runtime.precision == "bf16" and device.type == "cuda" and not native:
         raise RunError(f"{runtime.device} has no bf16 arithmetic; use --precision fp32")
@@ -109,7 +132,8 @@ def start(runtime: Runtime) -> Engine:
     if runtime.compile and not _can_compile(device):
         raise RunError("--compile needs a C++ compiler and, on CUDA, Triton; install them or leave the flag out")
     compile = device.type == "cuda" and _can_compile(device) if runtime.compile is None else runtime.compile
-    return Engine(device, torch.bfloat16 if bf16 else torch.float32, compile)
+    distributed.join(device)
+    return Engine(device, torch.bfloat16 if bf16 else torch.float32, compile, rank, world)
 
 
 def choose_device(name: str) -> torch.device:

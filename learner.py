@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 import checkpoint
+import distributed
 from augment import Draws, erase, mix, normalise, view
 from engine import Engine
 from losses import LabelSmoothingLoss
@@ -55,7 +56,7 @@ class Learner:
             torch.manual_seed(recipe.seed)
             self.net = checkpoint.network(recipe, classes)
         self.net.to(engine.device, memory_format=torch.channels_last)
-        self._net = engine.compiled(self.net)
+        self._net = distributed.parallel(engine.compiled(self.net))
         self.loss = LabelSmoothingLoss(classes, recipe.label_smoothing, reduction="none")
         self.average: RunningAverage | None = None
         self.optimizer: torch.optim.Optimizer
@@ -86,6 +87,8 @@ class Learner:
         """One pass over the drawn samples: uint8 images (N, 3, H, W) and int64 labels (N,) on the device.
 
         Nothing waits for the device before the end; `tick` is called after each step and may raise to stop.
+        Of several processes each takes its share of every batch, and mixes samples within that share only. BatchNorm
+        normalises by the share, too, and keeps the leader's running statistics. The result is that of all shares.
         """
         self.net.train()
         device = images.device
@@ -93,7 +96,7 @@ class Learner:
         losses = torch.zeros(steps, device=device)
         hits = torch.zeros((), dtype=torch.int64, device=device)
         for step in range(steps):
-            rows = slice(step * stage.batch, (step + 1) * stage.batch)
+            rows = self.engine.rows(step, stage.batch)
             index, uniforms = draws.order[rows], draws.uniforms[rows]
             x = view(images[index], uniforms, draws.colour_orders[step], size, self.recipe.view)
             loss, right = self._step(normalise(x, inplace=True), labels[index], draws.mix[rows], uniforms)
@@ -135,9 +138,10 @@ class Learner:
             self.average.update()
 
     def _result(self, losses: Tensor, hits: Tensor, samples: int) -> EpochResult:
-        """Fetch an epoch's figures from the device, all at once."""
-        together = torch.cat([losses.double(), hits.double()[None], self._all_finite().double()[None]]).cpu()
-        return EpochResult(together[:-2].float(), int(together[-2]), samples, bool(together[-1]))
+        """Fetch an epoch's figures from the device, all at once, and put those of all processes together."""
+        together = torch.cat([losses.double(), hits.double()[None], self._all_finite().double()[None]])
+        together, world = distributed.total(together.cpu()), self.engine.world
+        return EpochResult((together[:-2] / world).float(), int(together[-2]), samples, bool(together[-1] == world))
 
     def _all_finite(self) -> Tensor:
         """Whether all numbers that a checkpoint would keep are finite: bool, 0-dim, on the device."""

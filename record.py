@@ -237,6 +237,24 @@ class Record:
         }
 
 
+class Follower(Record):
+    """The record in a process that follows: takes up the same state, counts the epochs, writes and prints nothing."""
+
+    def _remove(self, patterns: Iterable[str]) -> None: ...
+
+    def write_config(self, runtime: Runtime, engine: Engine, parameters: int) -> None: ...
+
+    def draw(self, *, now: bool = True) -> None: ...
+
+    def commit(self, row: dict[str, Any], learnt: dict[str, Any]) -> None:
+        """Count the row."""
+        self.rows.append(row)
+
+    def _follow(self, state: dict[str, Any]) -> None: ...
+
+    def finish(self, model: torch.nn.Module, engine: Engine) -> None: ...
+
+
 def best_row(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
     """The row of the highest validation accuracy, the first of equals; None without validation."""
     scored = (row for row in rows if row["val_accuracy"] is not None)

@@ -4,11 +4,13 @@
     python3 train.py                    # the original recipe, on a CUDA GPU
     python3 train.py --demo             # the whole path in under a minute on a CPU, without a data set
     python3 train.py --help             # every setting
+    torchrun --nproc-per-node 2 train.py …    # the same on two GPUs
 
 Data flows one way: files → one uint8 tensor on the device → views → network → loss → optimiser and schedule →
 metrics.csv and checkpoints → plots. The same command again continues where it stopped.
 """
 
+import contextlib
 import datetime
 import math
 import signal
@@ -26,6 +28,7 @@ from tqdm import tqdm
 import augment
 import checkpoint
 import dataset
+import distributed
 import engine
 import errors
 import files
@@ -35,7 +38,7 @@ import settings
 from data import DataSet
 from learner import EpochResult, Learner
 from model import count_parameters
-from record import Record, duration
+from record import Follower, Record, duration
 
 STOPPED_BY_TIME = 3  # exit status
 LONG = 4 * 3600.0  # seconds
@@ -48,8 +51,13 @@ class Stopped(Exception):
 def main(argv: list[str] | None = None) -> int:
     recipe, runtime = settings.parse(argv)
     deadline = time.monotonic() + (runtime.max_minutes * 60 or math.inf)
+    _, world, _ = distributed.place()
+    for stage in recipe.stages:
+        if stage.epochs and stage.batch % world:
+            settings.build_parser().error(f"--batch {stage.batch} cannot be shared equally by {world} processes")
     machine = engine.start(runtime)
-    found, train, val = dataset.load(recipe, runtime.data_dir, runtime.images)
+    with distributed.leader_first():
+        found, train, val = dataset.load(recipe, runtime.data_dir, runtime.images)
     largest = max(stage.batch for stage in recipe.stages if stage.epochs)
     if largest > len(train) * recipe.views:
         settings.build_parser().error(f"--batch {largest} is more than an epoch's {len(train) * recipe.views} samples")
@@ -57,9 +65,11 @@ def main(argv: list[str] | None = None) -> int:
         learner = Learner(recipe, len(found.classes), machine)
     except ValueError as error:
         settings.build_parser().error(f"{error}: give smaller --layers or --planes, or a larger --budget")
-    record = Record(settings.run_folder(recipe, runtime), recipe, found.classes, dataset.identity(found, train, val))
-    files.make_folder(record.folder)
-    with checkpoint.locked(record.folder):
+    folder, kind = settings.run_folder(recipe, runtime), Record if machine.leads else Follower
+    record = kind(folder, recipe, found.classes, dataset.identity(found, train, val))
+    if machine.leads:
+        files.make_folder(folder)
+    with checkpoint.locked(folder) if machine.leads else contextlib.nullcontext():
         return Run(runtime, learner, record, found, train, val).go(deadline)
 
 
@@ -85,9 +95,14 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
         try:
-            while record.done < recipe.epochs:
-                seconds = self.epoch(*recipe.locate(record.done))
-                self.look_at_clock(seconds, deadline)
+            try:
+                while record.done < recipe.epochs:
+                    seconds = self.epoch(*recipe.locate(record.done))
+                    self.look_at_clock(seconds, deadline)
+                distributed.leave()
+            except distributed.Lost:
+                self.look_at_signal()  # which came to all processes, but in different steps
+                raise
         except Stopped as stop:
             reason, status = stop.args
             print(f"stopped: {reason}")
@@ -100,22 +115,37 @@ class Run:
     def on_signal(self, number: int, _: Any) -> None:
         """Remember the signal for the end of the step; a second one ends the process at once."""
         self.signal = number
+        # torchrun passes on what a terminal has sent to all processes already; it ends by itself who takes long
+        again = signal.SIG_DFL if self.machine.world == 1 else signal.SIG_IGN
         for either in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(either, signal.SIG_DFL)
+            signal.signal(either, again)
+
+    def look_at_signal(self) -> None:
+        """Raise Stopped where a signal has come."""
+        if self.signal:
+            name = signal.Signals(self.signal).name
+            raise Stopped(f"{name} came; the epoch in flight is dropped", 128 + self.signal)
 
     def look_at_clock(self, seconds: float, deadline: float) -> None:
-        """Raise Stopped where the next epoch, judged by the `seconds` of the last one, would end after the deadline."""
-        done = self.record.done
+        """Raise Stopped where the next epoch, judged by the `seconds` of the last one, would end after the deadline.
+
+        Of several processes all stop where one would; none goes on before the leader has committed the epoch.
+        """
+        done, late = self.record.done, False
         if done < self.recipe.epochs:
             seconds *= (self.recipe.size(done) / self.recipe.size(done - 1)) ** 2
-            if time.monotonic() + seconds > deadline:
-                limit = f"--max-minutes {self.runtime.max_minutes:g}"
-                raise Stopped(f"another epoch would overrun {limit}", STOPPED_BY_TIME)
+            late = time.monotonic() + seconds > deadline
+        if distributed.largest(late):
+            limit = f"--max-minutes {self.runtime.max_minutes:g}"
+            raise Stopped(f"another epoch would overrun {limit}", STOPPED_BY_TIME)
 
     def open(self) -> None:
         """Take up the run folder's state, or set up a fresh one, and say how things stand."""
         record, recipe, learner = self.record, self.recipe, self.learner
-        state = record.open(self.runtime.overwrite, self.runtime.tensorboard)
+        with distributed.leader_first():
+            state = record.open(self.runtime.overwrite, self.runtime.tensorboard)
+        if distributed.largest(record.done) != record.done:
+            raise errors.RunError(f"{record.folder} is not one and the same folder for all processes")
         if record.done == recipe.epochs:
             print("this run is finished; --overwrite starts anew")
             return
@@ -148,7 +178,7 @@ class Run:
         draws = augment.draw(self.train, recipe.views, stage.batch, recipe.view, (recipe.seed, number, epoch))
         draws = draws.to(self.machine.device)
         size, lr = stage.size(epoch), learner.optimizer.param_groups[0]["lr"]
-        if epoch == 0:
+        if epoch == 0 and self.machine.leads:
             self.sheet(draws, number, size)
         result = self.train_epoch(draws, stage, size)
         trained = time.monotonic() - began
@@ -183,19 +213,24 @@ class Run:
         before = f"loss {record.rows[-1]['train_loss']:.3f}" if record.rows else ""
         steps = len(draws.order) // stage.batch
         title = f"epoch {record.done + 1}/{self.recipe.epochs}"
-        with tqdm(total=steps, desc=title, postfix=before, unit="batch", leave=False, disable=None) as bar:
+        hidden = None if self.machine.leads else True  # None: hidden where there is no terminal
+        with (
+            tqdm(total=steps, desc=title, postfix=before, unit="batch", leave=False, disable=hidden) as bar,
+            distributed.noticing(),
+        ):
 
             def tick() -> None:
                 bar.update()
-                if self.signal:
-                    name = signal.Signals(self.signal).name
-                    raise Stopped(f"{name} came; the epoch in flight is dropped", 128 + self.signal)
+                self.look_at_signal()
 
             return self.learner.train_epoch(self.images, self.labels, draws, stage, size, tick)
 
     def validate(self, size: int) -> tuple[float | None, float | None]:
-        """Loss and accuracy of the scored network on the validation images at `size` px; None without images."""
-        if not len(self.val):
+        """Loss and accuracy of the scored network on the validation images at `size` px.
+
+        None without images, and in processes that follow.
+        """
+        if not len(self.val) or not self.machine.leads:
             return None, None
         scores = scoring.logits(
             self.learner.scored,

@@ -1,0 +1,218 @@
+"""Two processes that train together, on the CPU: against one process, and against runs that nothing happened to."""
+
+import functools
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
+from pathlib import Path
+
+import faults
+import pytest
+import torch
+from torch import nn
+
+import augment
+import checkpoint
+import distributed
+import errors
+import train
+from engine import Engine
+from learner import Learner
+from model import build_model
+from settings import RECIPES, Stage
+
+CONTEXT = multiprocessing.get_context("forkserver")
+LIMIT = 100  # seconds
+FLAGS = [*faults.RECIPES["cosine, sgd, averaged"], *faults.TINY]  # four epochs of two steps
+LOST = "has lost the other 1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> None:
+    """The process that others are forked from: it has PyTorch loaded, and one thread only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(faults.ROOT / "tests"), str(faults.ROOT)]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        CONTEXT.set_forkserver_preload(["faults"])
+        forkserver.ensure_running()
+
+
+def together(world: int, target: Callable, *arguments: object) -> list[int]:
+    """Call `target(rank, *arguments)` in processes as torchrun starts them. Returns their statuses in order of rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [CONTEXT.Process(target=_begin, args=(rank, world, port, target, arguments)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(LIMIT)
+    return [process.exitcode for process in processes]
+
+
+def _begin(rank: int, world: int, port: int, target: Callable, arguments: Sequence) -> None:
+    signal.alarm(LIMIT)
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    target(rank, *arguments)
+
+
+def _train(rank: int, argv: list[str], log: Path, faulty: dict[int, Sequence[faults.Prepare]]) -> None:
+    output = os.open(log.with_name(f"{log.name}{rank}"), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    faults.tiny()
+    for function in faulty.get(rank, ()):
+        function()
+    status = errors.report(functools.partial(train.main, argv))
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def run(out: Path, faulty: dict[int, Sequence[faults.Prepare]] | None = None, *more: str, world: int = 2) -> list[int]:
+    """Train into `out`, after calling what `faulty` holds for a rank in its process; each logs into `out`.log RANK."""
+    out.parent.mkdir(exist_ok=True)
+    return together(world, _train, [*FLAGS, *more, "--out", str(out)], out.with_suffix(".log"), faulty or {})
+
+
+def log(out: Path, rank: int) -> str:
+    return out.with_suffix(f".log{rank}").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two processes to which nothing happened."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert run(out) == [0, 0], log(out, 0) + log(out, 1)
+    return out
+
+
+def test_leaves_what_an_ordinary_run_leaves(whole: Path, tmp_path: Path) -> None:
+    ordinary = tmp_path / "run"
+    assert run(ordinary, world=1) == [0]
+    assert sorted(path.name for path in whole.iterdir()) == sorted(path.name for path in ordinary.iterdir())
+    ours, theirs = checkpoint.load(whole / "last.pt"), checkpoint.load(ordinary / "last.pt")
+    assert list(ours["model"]) == list(theirs["model"])
+    assert ours.keys() == theirs.keys() and len(ours["rows"]) == len(theirs["rows"]) == 4
+    assert checkpoint.load_network(whole).epoch == checkpoint.load(whole / "best.pt")["epoch"]
+    assert "epoch 4/4" in log(whole, 0) and log(whole, 1) == ""
+
+
+def at_step(number: int, *actions: faults.Prepare) -> tuple[faults.Prepare, ...]:
+    """Have the actions happen in the `number`-th step of the run, from 1."""
+    return tuple(functools.partial(faults.before, "learner.Learner._step", number, action) for action in actions)
+
+
+TERM, KILL = (functools.partial(faults.send, number) for number in (signal.SIGTERM, signal.SIGKILL))
+SMALL_DISK = functools.partial(faults.limit_files, 1000)
+FAULTS = {
+    "SIGTERM, noticed in different steps": ({0: at_step(4, TERM), 1: at_step(3, TERM)}, [], [143, 143]),
+    "SIGTERM, noticed by the leader first": ({0: at_step(3, TERM), 1: at_step(4, TERM)}, [], [143, 143]),
+    "SIGTERM while the leader saves and the follower waits": (
+        {
+            0: (functools.partial(faults.before, "checkpoint.save", 1, TERM),),
+            1: (functools.partial(faults.before, "distributed.largest", 4, TERM),),
+        },
+        [],
+        [143, 143],
+    ),
+    "time limit": ({}, ["--max-minutes", "0.00001"], [3, 3]),
+    "leader killed": ({0: at_step(4, KILL)}, [], [-9, 1]),
+    "follower killed": ({1: at_step(4, KILL)}, [], [1, -9]),
+    "leader killed while saving": (
+        {0: (functools.partial(faults.before, "checkpoint.save", 3, KILL),)},
+        [],
+        [-9, 1],
+    ),
+    "disk full": ({0: at_step(4, SMALL_DISK)}, [], [1, 1]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_stopped_run_ends_in_all_processes_and_continues_bit_for_bit(fault: str, whole: Path, tmp_path: Path) -> None:
+    out, (faulty, flags, statuses) = tmp_path / "run", FAULTS[fault]
+    assert run(out, faulty, *flags) == statuses, log(out, 0) + log(out, 1)
+    said = [log(out, rank) for rank in (0, 1)]
+    assert "Traceback" not in said[0] + said[1]
+    for rank, status in enumerate(statuses):
+        if status == 1:
+            cause = "cannot write" if fault == "disk full" and rank == 0 else LOST
+            assert said[rank].splitlines()[-1].startswith("error: ") and cause in said[rank]
+    assert 1 <= len(checkpoint.load(out / "last.pt")["rows"]) < 4
+    assert run(out) == [0, 0], log(out, 0) + log(out, 1)
+    assert faults.differences(out, whole) == []
+
+
+def test_numbers_that_are_not_finite_end_all_processes(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(out, None, "--lr", "1e30", "1e30", "--precision", "fp32") == [1, 1], log(out, 0) + log(out, 1)
+    assert all("is not a finite number" in log(out, rank) for rank in (0, 1))
+    assert not (out / "last.pt").exists()
+
+
+def test_batch_that_cannot_be_shared_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(out, None, "--batch", "15", "16") == [2, 2]
+    assert "--batch 15 cannot be shared equally by 2 processes" in log(out, 0)
+    assert not out.exists()
+
+
+def _one_step(rank: int, folder: Path, world: int) -> None:
+    """One step of a network without BatchNorm over a batch of 8; its gradients, loss and hits go into a file."""
+    checkpoint.network = lambda *_: build_model((1, 1, 1), planes=(4, 4, 4), norm_layer=nn.Identity)
+    distributed.join(torch.device("cpu"))
+    recipe, stage = RECIPES["original"], Stage(epochs=1, crop_size=(32,), eval_size=32, batch=8, lr=0.1)
+    learner = Learner(recipe, 10, Engine(torch.device("cpu"), torch.float32, False, rank, world))
+    learner.begin(stage, 8)
+    gradients: dict[str, torch.Tensor] = {}
+
+    def keep() -> None:
+        gradients.update({name: p.grad.clone() for name, p in learner.net.named_parameters()})
+
+    learner.optimizer.step = keep
+    images = torch.randint(256, (8, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    draws = augment.draw(torch.arange(8), 1, 8, recipe.view, (0, 0, 0))
+    result = learner.train_epoch(images, torch.arange(8), draws, stage, 32, lambda: None)
+    torch.save((gradients, result.losses, result.hits, result.samples), folder / f"{rank} of {world}")
+
+
+def test_averaged_gradient_is_that_of_the_whole_batch(tmp_path: Path) -> None:
+    assert together(1, _one_step, tmp_path, 1) == [0] and together(2, _one_step, tmp_path, 2) == [0, 0]
+    expected, loss, hits, samples = torch.load(tmp_path / "0 of 1")
+    for rank in (0, 1):
+        gradients, *figures = torch.load(tmp_path / f"{rank} of 2")
+        torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(figures, [loss, hits, samples])
+    assert max(gradient.abs().max() for gradient in expected.values()) > 1e-3  # there is something to compare
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_shares_are_equal_and_make_up_the_epoch(world: int) -> None:
+    machines = [Engine(torch.device("cpu"), torch.float32, False, rank, world) for rank in range(world)]
+    shares = [range(24)[machine.rows(step, 8)] for step in range(3) for machine in machines]
+    assert [row for share in shares for row in share] == list(range(24))
+    assert {len(share) for share in shares} == {8 // world}
+
+
+def test_half_an_environment_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(errors.RunError, match="start with torchrun"):
+        distributed.place()
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    flags = [*faults.SMALL, "--epochs", "1", "0", "--data-dir", str(tmp_path), "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(faults.ROOT / "train.py"), *flags], capture_output=True, text=True, timeout=LIMIT
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 1/1") == 1 and "Traceback" not in done.stderr
+    assert (tmp_path / "run" / "summary.json").exists()
