@@ -117,6 +117,7 @@ def comparison(path: Path, runs: Mapping[str, Sequence[Row]], *, title: str) -> 
         label = f"{_plain(name)}: best {max(values):.1%}, last {values[-1]:.1%}"
         axes.plot(epochs, values, lw=1.3, label=label, **style, **_mark(epochs))
     _percent(axes.yaxis)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if axes.lines:
         axes.legend(loc="lower right", fontsize=9)
     _title(figure, title)
