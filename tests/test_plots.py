@@ -136,6 +136,11 @@ def test_comparison_draws_each_run_in_its_own_colour(tmp_path):
     assert "seed 4: best 90.0%, last 81.0%" in words(figure)
 
 
+def test_comparison_of_short_runs_shows_whole_epochs(tmp_path):
+    figure = plots.comparison(tmp_path / "comparison.png", {"short": made_up_rows(6, 0)[:3]}, title="one")
+    assert all(tick == round(tick) for tick in figure.axes[0].get_xticks())
+
+
 def test_accuracy_against_size(tmp_path):
     figure = plots.accuracy_against_size(
         tmp_path / "sizes.png", [70, 96, 144], [0.7, 0.84, 0.81], title="tiny · val", images=1000
