@@ -90,19 +90,12 @@ class Run:
 
         `deadline`: on the clock of `time.monotonic`. Returns the exit status.
         """
-        record, recipe, status = self.record, self.recipe, 0
+        record, status = self.record, 0
         self.open()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
         try:
-            try:
-                while record.done < recipe.epochs:
-                    seconds = self.epoch(*recipe.locate(record.done))
-                    self.look_at_clock(seconds, deadline)
-                distributed.leave()
-            except distributed.Lost:
-                self.look_at_signal()  # which came to all processes, but in different steps
-                raise
+            self.epochs(deadline)
         except Stopped as stop:
             reason, status = stop.args
             print(f"stopped: {reason}")
@@ -111,6 +104,18 @@ class Run:
             without = " without --overwrite" if self.runtime.overwrite else ""
             print(f"the same command{without} continues this run")
         return status
+
+    def epochs(self, deadline: float) -> None:
+        """The one loop. Raises Stopped where it ends before the recipe does."""
+        record, recipe = self.record, self.recipe
+        try:
+            while record.done < recipe.epochs:
+                seconds = self.epoch(*recipe.locate(record.done))
+                self.look_at_clock(seconds, deadline)
+            distributed.leave()
+        except distributed.Lost:
+            self.look_at_signal()  # which came to all processes, but in different steps
+            raise
 
     def on_signal(self, number: int, _: Any) -> None:
         """Remember the signal for the end of the step; a second one ends the process at once."""
