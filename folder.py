@@ -5,6 +5,7 @@
 when a picture's name, size or time of change is no longer what it was.
 """
 
+import contextlib
 import hashlib
 import json
 import warnings
@@ -104,12 +105,10 @@ def _squares(listing: Listing, size: int) -> Tensor:
     """The listed pictures as uint8 (N, 3, size, size), from the file that keeps them if it is of these very files."""
     kept = listing.folder / f".squares-{size}px.npz"
     fingerprint = _fingerprint(listing, size)
-    try:
-        with np.load(kept) as archive:  # a zip file, read with its checksums
-            if str(archive["fingerprint"]) == fingerprint:
-                return torch.from_numpy(archive["images"])
-    except Exception:  # on damaged files it raises anything from OSError to NotImplementedError
-        pass
+    # A damaged file raises anything from OSError to NotImplementedError, and is made anew like one that is not there.
+    with contextlib.suppress(Exception), np.load(kept) as archive:  # a zip file, read with its checksums
+        if str(archive["fingerprint"]) == fingerprint:
+            return torch.from_numpy(archive["images"])
     images = _open(listing.paths, size)
     try:
         with replacing(kept) as temporary, open(temporary, "wb") as file:

@@ -137,11 +137,9 @@ class Ours:
     def _draw(self) -> augment.Draws:
         return augment.draw(self.index, 1, self.job.batch, self.job.recipe.view, (0,)).to(self.machine.device)
 
-    def _rows(self, step: int) -> slice:
-        return slice(step * self.job.batch, (step + 1) * self.job.batch)
-
     def _view(self, step: int) -> Tensor:
-        images, uniforms = self.images[self.draws.order[self._rows(step)]], self.draws.uniforms[self._rows(step)]
+        rows = self.machine.rows(step, self.job.batch)
+        images, uniforms = self.images[self.draws.order[rows]], self.draws.uniforms[rows]
         x = augment.view(images, uniforms, self.draws.colour_orders[step], self.job.size, self.job.recipe.view)
         return augment.normalise(x, inplace=True)
 
@@ -151,7 +149,8 @@ class Ours:
 
     def train_steps(self) -> None:
         self.learner.net.train()
-        for rows in map(self._rows, range(self.job.steps)):
+        for step in range(self.job.steps):
+            rows = self.machine.rows(step, self.job.batch)
             labels = self.labels[self.draws.order[rows]]
             self.learner._step(self.x, labels, self.draws.mix[rows], self.draws.uniforms[rows])
 
