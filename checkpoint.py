@@ -19,7 +19,7 @@ import torch
 
 from errors import RunError
 from files import replacing
-from model import ResNet, build_model
+from model import ResNet, WideNet, build_model
 from settings import Recipe
 
 FORMAT = 1
@@ -111,7 +111,7 @@ class Trained:
     """A network read from a checkpoint, with what its user needs to know."""
 
     file: Path
-    model: ResNet
+    model: ResNet | WideNet
     recipe: Recipe
     classes: tuple[str, ...]
     images: dict[str, Any]  # how many trained and validated, and the digest of a set of one's own
@@ -152,13 +152,14 @@ def load_network(path: Path) -> Trained:
         raise RunError(f"{path} does not fit this version's network: {first_words(error)}") from error
 
 
-def network(recipe: Recipe, classes: int) -> ResNet:
+def network(recipe: Recipe, classes: int) -> ResNet | WideNet:
     """The network that a recipe describes. Raises ValueError where it is over the recipe's parameter budget."""
     least = sum(9 * blocks * width**2 for blocks, width in zip(recipe.layers, recipe.planes, strict=True))
     if least > recipe.budget:  # in the 3×3 convolutions alone; said before any memory is asked for
         raise ValueError(f"the network has over {least:,} parameters, more than the budget of {recipe.budget:,}")
     return build_model(
         recipe.layers,
+        kind=recipe.network,
         budget=recipe.budget,
         planes=recipe.planes,
         num_classes=classes,

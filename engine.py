@@ -17,7 +17,6 @@ from torch import nn
 
 import distributed
 from errors import RunError
-from model import ResNet
 from settings import Recipe, Runtime
 
 PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -87,7 +86,7 @@ class Engine:
         # On CUDA a step is hundreds of kernels of a few microseconds: only captured graphs launch them in time.
         return torch.compile(net, dynamic=False, mode="reduce-overhead" if self.device.type == "cuda" else None)
 
-    def predict_seconds(self, recipe: Recipe, net: ResNet, images: int, done: int = 0) -> float:
+    def predict_seconds(self, recipe: Recipe, net: nn.Module, images: int, done: int = 0) -> float:
         """Rough seconds of a recipe's epochs after `done` of them, from their arithmetic: no measurement."""
         gflops = CUDA_GFLOPS[self.precision]
         if self.device.type == "cpu":
@@ -186,12 +185,12 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def step_gflop(net: ResNet, size: int) -> float:
+def step_gflop(net: nn.Module, size: int) -> float:
     """GFLOP of a training step on one image of `size` px: the backward pass costs twice the forward pass."""
     return 3 * forward_gflop(net, size)
 
 
-def forward_gflop(model: ResNet, size: int) -> float:
+def forward_gflop(model: nn.Module, size: int) -> float:
     """GFLOP (multiply-add = 2) of the network's forward pass on one image of `size` px."""
     total = 0
 

@@ -14,7 +14,6 @@ import distributed
 from augment import Draws, erase, mix, normalise, view
 from engine import Engine
 from losses import LabelSmoothingLoss
-from model import ResNet
 from scheduler import DecayingCosineWarmRestarts
 from settings import Recipe, Stage
 
@@ -170,7 +169,7 @@ class Learner:
         self.schedule.load_state_dict(state["schedule"])
 
 
-def build_optimizer(recipe: Recipe, stage: Stage, net: ResNet) -> torch.optim.Optimizer:
+def build_optimizer(recipe: Recipe, stage: Stage, net: nn.Module) -> torch.optim.Optimizer:
     """The recipe's optimiser, in PyTorch's fused form; norms and biases without decay unless `decay_norms`."""
     parameters = list(net.parameters())
     weights = [p for p in parameters if recipe.decay_norms or p.ndim > 1]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from augment import Views
-from model import PARAMETER_BUDGET
+from model import NETWORKS, PARAMETER_BUDGET
 from scheduler import restart_rate, warmup_cosine_rate
 
 
@@ -77,6 +77,9 @@ class Recipe:
     image_size: int = option("side in px to which the pictures of --images are brought", 96, low=32, high=1024)
     init: str = option("checkpoint whose weights to start from", "")
 
+    network: str = option(
+        "bottleneck: the original's; wide: fewer layers of wide 3×3 convolutions", "bottleneck", choices=NETWORKS
+    )
     layers: tuple[int, int, int] = option("blocks in each of the network's groups", (4, 9, 8), low=1, high=100)
     planes: tuple[int, int, int] = option("inner width of each group's blocks", (30, 60, 96), low=1, high=4096)
     budget: int = option("most parameters that the network may have", PARAMETER_BUDGET, low=1, high=10**12)

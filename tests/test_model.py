@@ -10,6 +10,8 @@ from torchvision.models.resnet import Bottleneck as TorchvisionBottleneck
 from model import PARAMETER_BUDGET, SLOPE, Bottleneck, ResNet, build_model, count_parameters
 
 SMALL = {"layers": (1, 2, 1), "planes": (4, 6, 8)}
+WIDE = {"kind": "wide", **SMALL}
+BOTH = pytest.mark.parametrize("options", [SMALL, WIDE], ids=["bottleneck", "wide"])
 
 
 def with_random_norms(module: nn.Module) -> nn.Module:
@@ -103,21 +105,52 @@ def test_whole_network_is_its_table_written_out():
     torch.testing.assert_close(model(x), expected)
 
 
+def test_wide_network_is_its_table_written_out():
+    model = with_random_norms(build_model(**WIDE))
+    x = torch.randn(2, 3, 70, 37)
+
+    def conv(y: torch.Tensor, layer: nn.Conv2d) -> torch.Tensor:
+        return nn.functional.conv2d(y, layer.weight, padding=1)
+
+    leaky = nn.LeakyReLU(0.1)
+    y = leaky(model.bn1(nn.functional.conv2d(x, model.conv1.weight, stride=2, padding=1)))
+    assert y.shape == (2, 2, 35, 18)  # the stem has half the first group's channels
+    for group, layers, planes in zip(model.groups, (1, 2, 1), (4, 6, 8), strict=True):
+        y = shortcut = leaky(group.bn(nn.functional.max_pool2d(conv(y, group.conv), 2)))
+        if layers == 2:
+            y = leaky(group.bns[0](conv(y, group.convs[0])))
+        y = leaky(group.bns[-1](conv(y, group.convs[-1])) + shortcut)
+        assert y.shape[1] == planes and len(group.convs) == layers
+    expected = y.mean((2, 3)) @ model.fc.weight.T + model.fc.bias
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_wide_network_is_within_the_budget():
+    assert count_parameters(build_model((1, 1, 1), kind="wide", planes=(64, 256, 256))) == 1_978_698
+    with pytest.raises(ValueError, match="kind is one of bottleneck, wide, not 'deep'"):
+        build_model(kind="deep")
+
+
+@BOTH
 @pytest.mark.parametrize("shape", [(32, 32), (33, 47), (150, 32)])
-def test_any_size_from_32_px_up(shape):
-    logits = build_model(**SMALL).eval()(torch.zeros(1, 3, *shape))
+def test_any_size_from_32_px_up(options, shape):
+    logits = build_model(**options).eval()(torch.zeros(1, 3, *shape))
     assert logits.shape == (1, 10) and logits.isfinite().all()
 
 
+@BOTH
 @pytest.mark.parametrize("shape, told", [((31, 31), "31×31"), ((32, 31), "31×32"), ((16, 64), "64×16")])
-def test_smaller_images_are_refused(shape, told):
+def test_smaller_images_are_refused(options, shape, told):
     with pytest.raises(ValueError, match=f"{told} px; the network takes 32 px and up"):
-        build_model(**SMALL)(torch.zeros(1, 3, *shape))
+        build_model(**options)(torch.zeros(1, 3, *shape))
 
 
-def test_initial_weights():
+@pytest.mark.parametrize(
+    "options", [{}, {"kind": "wide", "layers": (1, 1, 1), "planes": (64, 256, 256)}], ids=["bottleneck", "wide"]
+)
+def test_initial_weights(options):
     torch.manual_seed(0)
-    for name, part in build_model().named_modules():
+    for name, part in build_model(**options).named_modules():
         if isinstance(part, nn.Conv2d):
             fan_out = part.out_channels * part.kernel_size[0] ** 2
             assert part.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.06), name
@@ -132,6 +165,16 @@ def test_zero_init_makes_each_block_its_shortcut():
         shortcut = x if block.downsample is None else block.downsample(x)
         expected = torch.where(shortcut > 0, shortcut, SLOPE * shortcut)
         x = block(x)
+        torch.testing.assert_close(x, expected)
+
+
+def test_zero_init_makes_each_wide_group_its_first_convolution():
+    model = build_model(zero_init_residual=True, **WIDE).eval()
+    x = torch.randn(2, 2, 12, 12)
+    for group in model.groups:
+        first = group.bn(group.pool(group.conv(x)))
+        expected = torch.where(first > 0, first, SLOPE**2 * first)
+        x = group(x)
         torch.testing.assert_close(x, expected)
 
 
@@ -160,6 +203,7 @@ def test_budget_tells_the_excess():
 @pytest.mark.parametrize(
     "options, word",
     [
+        ({"kind": "wide", "layers": (1, 0, 1)}, "layers"), ({"kind": "wide", "planes": (4, 8)}, "planes"),
         ({"replace_stride_with_dilation": (True, False)}, "three flags"),
         ({"replace_stride_with_dilation": ()}, "three flags"),
         ({"layers": (1, 2)}, "layers"), ({"layers": (1, 0, 1)}, "layers"), ({"layers": (1, 2, 1.5)}, "layers"),
