@@ -14,8 +14,12 @@ import distributed
 from augment import Draws, erase, mix, normalise, view
 from engine import Engine
 from losses import LabelSmoothingLoss
+from muon import Muon
 from scheduler import DecayingCosineWarmRestarts
 from settings import Recipe, Stage
+
+FILTER_RATE = 0.2  # of Muon's steps, as a share of the rate of everything else
+RGB = 3  # a filter over the image itself, the stem's, is no hidden layer: Muon leaves it to SGD
 
 
 class EpochResult(NamedTuple):
@@ -171,11 +175,18 @@ class Learner:
 
 def build_optimizer(recipe: Recipe, stage: Stage, net: nn.Module) -> torch.optim.Optimizer:
     """The recipe's optimiser, in PyTorch's fused form; norms and biases without decay unless `decay_norms`."""
-    parameters = list(net.parameters())
-    weights = [p for p in parameters if recipe.decay_norms or p.ndim > 1]
-    others = [p for p in parameters if not recipe.decay_norms and p.ndim <= 1]
+    muon = recipe.optimizer == "muon"
+    weights, others, filters = [], [], []
+    for p in net.parameters():
+        if muon and p.ndim == 4 and p.shape[1] > RGB:
+            filters.append(p)
+        else:
+            (weights if recipe.decay_norms or p.ndim > 1 else others).append(p)
     groups = [{"params": weights, "weight_decay": recipe.weight_decay}]
     groups += [{"params": others, "weight_decay": 0.0}] if others else []
+    if muon:
+        groups.append({"params": filters, "weight_decay": 0.0, "lr": stage.lr * FILTER_RATE, "orthogonal": True})
+        return Muon(groups, lr=stage.lr, momentum=0.9)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=stage.lr, momentum=0.9, nesterov=True, fused=True)
     kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam

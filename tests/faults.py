@@ -49,6 +49,8 @@ RECIPES = {
     "restarts, adam": [*SMALL, "--epochs", "3", "2", "--cycle", "2", "--batch", "64", "32"],
     "cosine, sgd, averaged": [*SMALL, "--epochs", "2", "2", "--lr", "0.05", "0.02"]
     + "--optimizer sgd --schedule cosine --average 0.9 --no-decay-norms --label-smoothing 0.1 --mixup 0.2".split(),
+    "cosine, muon, wide": [*SMALL, "--epochs", "2", "2", "--lr", "0.05", "0.02", "--network", "wide"]
+    + "--optimizer muon --schedule cosine --average 0.9 --no-decay-norms".split(),
 }
 TINY = ("--batch", "16", "16")  # after a recipe's flags: for the 32 training images of `tiny`
 

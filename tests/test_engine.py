@@ -21,7 +21,17 @@ from settings import RECIPES, Runtime, Stage
 
 CPU = torch.device("cpu")
 PLAIN = Engine(CPU, torch.float32, compile=False)
-RECIPE = dataclasses.replace(RECIPES["cpu"], views=1, layers=(1, 1, 1), planes=(4, 8, 8), average=0.5)
+RECIPE = dataclasses.replace(
+    RECIPES["cpu"],
+    network="bottleneck",
+    layers=(1, 1, 1),
+    planes=(4, 8, 8),
+    zero_init_residual=True,
+    optimizer="sgd",
+    views=1,
+    average=0.5,
+)
+FULL = dataclasses.replace(RECIPE, layers=(4, 9, 8), planes=(30, 60, 96))
 STAGE = Stage(epochs=4, crop_size=(32,), eval_size=32, batch=8, lr=0.1)
 
 
@@ -107,7 +117,7 @@ def first_gradient(machine: Engine) -> tuple[float, torch.Tensor]:
     Without that start a gradient through 67 layers turns away at the least rounding, of the input alone too.
     """
     images, labels = pictures(16)
-    learner = Learner(RECIPES["cpu"], 10, machine)
+    learner = Learner(FULL, 10, machine)
     learner.begin(STAGE, 16)
     learner.net.train()
     x = augment.normalise(F.interpolate(images / 255, size=40, mode="area"))

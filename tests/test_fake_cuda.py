@@ -8,7 +8,8 @@ import copy
 import dataclasses
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -46,13 +47,21 @@ def to(self: nn.Module, device: torch.device, memory_format: torch.memory_format
     return self
 
 
+def unfused(*arguments: Any, build: Callable = learner.build_optimizer) -> torch.optim.Optimizer:
+    """The recipe's optimiser, SGD without its fused form: that, unlike Adam's, has no fake one."""
+    optimizer = build(*arguments)
+    if isinstance(optimizer, torch.optim.SGD):
+        for group in optimizer.param_groups:
+            group.update(fused=False, foreach=True)
+    return optimizer
+
+
 @pytest.fixture(autouse=True)
 def fake() -> Iterator[None]:
     with FakeTensorMode() as mode, pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.Module, "to", to)
         patch.setattr(copy, "deepcopy", functools.partial(copy.deepcopy, memo={id(mode): mode}))
-        sgd = torch.optim.SGD  # whose fused form, unlike Adam's, has no fake one
-        patch.setattr(torch.optim, "SGD", lambda groups, fused, **rest: sgd(groups, foreach=True, **rest))
+        patch.setattr(learner, "build_optimizer", unfused)
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
         yield
