@@ -18,7 +18,7 @@ from muon import Muon
 from scheduler import DecayingCosineWarmRestarts
 from settings import Recipe, Stage
 
-FILTER_RATE = 0.2  # of Muon's steps, as a share of the rate of everything else
+FILTER_RATE = 0.1  # of Muon's steps, as a share of the rate of everything else
 RGB = 3  # a filter over the image itself, the stem's, is no hidden layer: Muon leaves it to SGD
 
 
