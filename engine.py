@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+import types
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,9 +21,11 @@ from errors import RunError
 from settings import Recipe, Runtime
 
 PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-# Achieved GFLOP/s of the training step, for a prediction before anything has been measured (see benchmark.py).
-CPU_GFLOPS = {torch.bfloat16: 110.0, torch.float32: 40.0}  # per core
-CUDA_GFLOPS = {torch.bfloat16: 40_000.0, torch.float32: 10_000.0}
+# What a training step costs, for a prediction before anything has been measured (see benchmark.py). On a CPU it is two
+# things: convolutions run at the speed of a matrix product, and whatever lies between them waits for memory.
+CPU_GFLOPS = {torch.bfloat16: 300.0, torch.float32: 80.0}  # per core
+CPU_NORM_SECONDS = 6e-9  # per core and number that a norm gives out: norm and rectifier, forward and backward
+CUDA_GFLOPS = {torch.bfloat16: 40_000.0, torch.float32: 10_000.0}  # guesses
 LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # PyTorch reads it at a process's first tensor
 
 
@@ -88,11 +91,15 @@ class Engine:
 
     def predict_seconds(self, recipe: Recipe, net: nn.Module, images: int, done: int = 0) -> float:
         """Rough seconds of a recipe's epochs after `done` of them, from their arithmetic: no measurement."""
-        gflops = CUDA_GFLOPS[self.precision]
-        if self.device.type == "cpu":
-            gflops = CPU_GFLOPS[self.precision] * torch.get_num_threads()
         sizes = {size for stage in recipe.stages for size in stage.crop_size}
-        return predict_seconds(recipe, images, {size: gflops / step_gflop(net, size) for size in sizes}, done)
+        return predict_seconds(recipe, images, {size: self._rate(net, size) for size in sizes}, done)
+
+    def _rate(self, net: nn.Module, size: int) -> float:
+        """Rough samples a second of training at `size` px."""
+        if self.device.type == "cuda":
+            return CUDA_GFLOPS[self.precision] / step_gflop(net, size)
+        waiting = CPU_NORM_SECONDS * normed(net, size)
+        return torch.get_num_threads() / (step_gflop(net, size) / CPU_GFLOPS[self.precision] + waiting)
 
 
 def predict_seconds(recipe: Recipe, images: int, rates: Mapping[int, float], done: int = 0) -> float:
@@ -190,23 +197,31 @@ def step_gflop(net: nn.Module, size: int) -> float:
     return 3 * forward_gflop(net, size)
 
 
-def forward_gflop(model: nn.Module, size: int) -> float:
+def forward_gflop(net: nn.Module, size: int) -> float:
     """GFLOP (multiply-add = 2) of the network's forward pass on one image of `size` px."""
-    total = 0
+    weighted = _outputs(net, size, nn.Conv2d | nn.Linear)
+    return sum(2 * output.numel() * module.weight[0].numel() for module, output in weighted) / 1e9
 
-    def count(module: torch.nn.Module, _: object, output: torch.Tensor) -> None:
-        nonlocal total
-        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
-            total += 2 * output[0].numel() * module.weight[0].numel()
 
-    hooks = [module.register_forward_hook(count) for module in model.modules()]
-    training = model.training
+def normed(net: nn.Module, size: int) -> int:
+    """How many numbers the network's norms give out for one image of `size` px."""
+    return sum(output.numel() for _, output in _outputs(net, size, nn.BatchNorm2d))
+
+
+def _outputs(net: nn.Module, size: int, kinds: types.UnionType | type) -> list[tuple[nn.Module, torch.Tensor]]:
+    """The modules of those kinds, each with what it makes of a black image."""
+    seen = []
+    hooks = [
+        module.register_forward_hook(lambda module, _, output: seen.append((module, output)))
+        for module in net.modules()
+        if isinstance(module, kinds)
+    ]
+    training = net.training
     try:
         with torch.no_grad():
-            parameter = next(model.parameters())
-            model.eval()(torch.zeros(1, 3, size, size, device=parameter.device))
+            net.eval()(torch.zeros(1, 3, size, size, device=next(net.parameters()).device))
     finally:
-        model.train(training)
+        net.train(training)
         for hook in hooks:
             hook.remove()
-    return total / 1e9
+    return seen

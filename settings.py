@@ -80,8 +80,12 @@ class Recipe:
     network: str = option(
         "bottleneck: the original's; wide: fewer layers of wide 3×3 convolutions", "bottleneck", choices=NETWORKS
     )
-    layers: tuple[int, int, int] = option("blocks in each of the network's groups", (4, 9, 8), low=1, high=100)
-    planes: tuple[int, int, int] = option("inner width of each group's blocks", (30, 60, 96), low=1, high=4096)
+    layers: tuple[int, int, int] = option(
+        "blocks in each of the network's groups; wide: its convolutions after the first", (4, 9, 8), low=1, high=100
+    )
+    planes: tuple[int, int, int] = option(
+        "inner width of each group's blocks; wide: its channels", (30, 60, 96), low=1, high=4096
+    )
     budget: int = option("most parameters that the network may have", PARAMETER_BUDGET, low=1, high=10**12)
     zero_init_residual: bool = option("start each residual block as the identity", False)
 

@@ -171,7 +171,8 @@ class Run:
         print(f"{record.folder}: {recipe.name}, {record.done} of {recipe.epochs} epochs done")
         print(f"{self.machine}: predicted {duration(seconds)} for the remaining epochs")
         if self.machine.device.type == "cpu" and seconds > LONG:
-            shorter = self.machine.predict_seconds(settings.RECIPES["cpu"], learner.net, len(self.train))
+            cpu = settings.RECIPES["cpu"]
+            shorter = self.machine.predict_seconds(cpu, checkpoint.network(cpu, len(record.classes)), len(self.train))
             print(f"that is long for a CPU; predicted for --recipe cpu: {duration(shorter)}, for --demo: one minute")
 
     def epoch(self, number: int, epoch: int) -> float:

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import augment
 import engine
-from engine import Engine, forward_gflop, predict_seconds, step_gflop
+from engine import Engine, forward_gflop, normed, predict_seconds, step_gflop
 from errors import RunError
 from learner import Learner, RunningAverage
 from model import build_model
@@ -206,6 +206,12 @@ def test_forward_gflop_of_the_original_network(size: int, gflop: float):
     assert net.training and not net._forward_hooks and net.bn1.num_batches_tracked == 0
 
 
+def test_normed_numbers_are_those_of_each_norm():
+    net = build_model((1, 1, 1), kind="wide", planes=(4, 6, 8))
+    stem, first, second, third = 2 * 20**2, 4 * 10**2, 6 * 5**2, 8 * 2**2
+    assert normed(net, 40) == stem + 2 * (first + second + third)
+
+
 def test_predicted_seconds_are_samples_over_rates():
     recipe = RECIPES["original"]
     rates = {70: 100.0, 120: 40.0}
@@ -227,10 +233,13 @@ def test_predicted_seconds_follow_the_sizes_within_a_stage():
 def test_the_prediction_before_any_measurement_is_arithmetic(monkeypatch):
     net, recipe = build_model(), RECIPES["original"]
     monkeypatch.setattr(engine, "CPU_GFLOPS", {torch.float32: 40.0})
-    work = 3 * 4_000 * 20 * (300 * forward_gflop(net, 70) + 140 * forward_gflop(net, 120))
+    monkeypatch.setattr(engine, "CPU_NORM_SECONDS", 1e-8)
+    images = 4_000 * 20
+    seconds = images * 300 * (3 * forward_gflop(net, 70) / 40 + 1e-8 * normed(net, 70))
+    seconds += images * 140 * (3 * forward_gflop(net, 120) / 40 + 1e-8 * normed(net, 120))
     for threads in (1, 2):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        assert PLAIN.predict_seconds(recipe, net, 4_000) == pytest.approx(work / 40 / threads)
+        assert PLAIN.predict_seconds(recipe, net, 4_000) == pytest.approx(seconds / threads)
 
 
 @pytest.mark.parametrize("asked", ["auto", "bf16", "fp32"])
