@@ -204,7 +204,7 @@ RECIPES = {
             name="cpu",
             stages=(Stage(epochs=8, crop_size=(32, 48, 48, 64), eval_size=96, batch=64, lr=0.2),),
             view=MILD,
-            views=14,
+            views=13,
             network="wide",
             layers=(1, 1, 1),
             planes=(64, 256, 256),
