@@ -23,7 +23,7 @@ from settings import Recipe, Runtime
 PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # What a training step costs, for a prediction before anything has been measured (see benchmark.py). On a CPU it is two
 # things: convolutions run at the speed of a matrix product, and whatever lies between them waits for memory.
-CPU_GFLOPS = {torch.bfloat16: 300.0, torch.float32: 80.0}  # per core
+CPU_GFLOPS = {torch.bfloat16: 280.0, torch.float32: 65.0}  # per core
 CPU_NORM_SECONDS = 6e-9  # per core and number that a norm gives out: norm and rectifier, forward and backward
 CUDA_GFLOPS = {torch.bfloat16: 40_000.0, torch.float32: 10_000.0}  # guesses
 LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # PyTorch reads it at a process's first tensor

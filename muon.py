@@ -19,9 +19,12 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = x / (x.norm() + EPSILON)
-    for _ in range(ITERATIONS):
-        square = x @ x.T
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    square = x @ x.T
+    turn = identity = torch.eye(len(x), device=x.device)
+    for _ in range(ITERATIONS):  # of x ← s·x, in the small matrices alone: all of them are polynomials of x·xᵀ
+        step = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315) + 3.4445 * identity
+        turn, square = step @ turn, step @ square @ step
+    x = turn @ x
     return x.T if tall else x
 
 

@@ -1,0 +1,39 @@
+"""The weights that come with the project are what their card says they are."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import checkpoint
+import dataset
+import scoring
+from model import PARAMETER_BUDGET, count_parameters
+
+FOLDER = Path(__file__).parent.parent / "weights"
+CARD = (FOLDER / "README.md").read_text(encoding="utf-8")
+FILES = sorted(FOLDER.glob("*.pt"))
+
+
+@pytest.fixture(params=FILES, ids=lambda path: path.name)
+def trained(request: pytest.FixtureRequest) -> checkpoint.Trained:
+    return checkpoint.load_network(request.param)
+
+
+def test_each_file_has_its_card():
+    assert FILES and re.findall(r"^## `(.*)`$", CARD, re.MULTILINE) == [path.name for path in FILES]
+
+
+def test_they_are_within_the_budgets(trained):
+    assert trained.file.stat().st_size < 5e6
+    assert count_parameters(trained.model) <= PARAMETER_BUDGET
+    assert not trained.selected
+
+
+def test_they_score_what_their_card_says(trained, stl10_dir: Path):
+    found, _, val = dataset.load(trained.recipe, stl10_dir, fetch=False)
+    scores = scoring.logits(trained.model, found.images[val], trained.eval_size, mirror=trained.recipe.mirror)
+    hits, _ = scoring.hits_and_loss(scores, found.labels[val])
+    said = re.search(r"(\d+\.\d) % of the 1,000 validation images", CARD[CARD.index(trained.file.name) :])
+    assert len(val) == 1_000
+    assert hits.item() / 10 == pytest.approx(float(said[1]), abs=0.2)  # other processors round otherwise
