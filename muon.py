@@ -1,6 +1,5 @@
 """Muon (Keller Jordan, 2024) for convolutions: momentum whose every direction is followed equally far."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,13 +40,13 @@ class Muon(torch.optim.SGD):
         super().__init__(groups, lr=lr, momentum=momentum, nesterov=True, fused=True)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self) -> None:
         """Learn from the gradients; those of filters are used up."""
         for group in self.param_groups:
             if group["orthogonal"]:
                 for filters in group["params"]:
                     self._turn(filters, group["lr"], group["momentum"])
-        super().step(closure)
+        super().step()
 
     def _turn(self, filters: Tensor, lr: float, decay: float) -> None:
         if filters.grad is None:
