@@ -187,6 +187,26 @@ class Runtime:
 
 MILD = Views(crop_scale=(0.25, 1.0), rotation=10.0, vflip=0.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
 
+# Milder views, small crops first, a network whose arithmetic keeps the cores busy, and Muon, which learns from half the
+# samples: for 35 minutes on two CPU cores. Why each of them: docs/EXPERIMENTS.md.
+CPU = Recipe(
+    name="cpu",
+    stages=(Stage(epochs=8, crop_size=(32, 48, 48, 64), eval_size=96, batch=64, lr=0.2),),
+    view=MILD,
+    views=13,
+    network="wide",
+    layers=(1, 1, 1),
+    planes=(64, 256, 256),
+    optimizer="muon",
+    weight_decay=5e-4,
+    decay_norms=False,
+    schedule="cosine",
+    label_smoothing=0.1,
+    average=0.998,
+    mirror=True,
+)
+MIXED = dataclasses.replace(MILD, cutmix=1.0, mix_probability=0.5)  # for runs that would fit their images otherwise
+
 RECIPES = {
     recipe.name: recipe
     for recipe in (
@@ -198,23 +218,24 @@ RECIPES = {
                 Stage(epochs=140, crop_size=(120,), eval_size=144, batch=64, lr=5e-4),
             ),
         ),
-        # Milder views, small crops first, a network whose arithmetic keeps the cores busy, and Muon, which learns from
-        # half the samples: for 35 minutes on two CPU cores. Why each of them: docs/EXPERIMENTS.md.
-        Recipe(
-            name="cpu",
-            stages=(Stage(epochs=8, crop_size=(32, 48, 48, 64), eval_size=96, batch=64, lr=0.2),),
-            view=MILD,
-            views=13,
-            network="wide",
-            layers=(1, 1, 1),
-            planes=(64, 256, 256),
-            optimizer="muon",
-            weight_decay=5e-4,
-            decay_norms=False,
-            schedule="cosine",
-            label_smoothing=0.1,
-            average=0.998,
-            mirror=True,
+        CPU,
+        # The same for an afternoon: larger crops, CutMix, four times the samples. Not yet run.
+        dataclasses.replace(
+            CPU,
+            name="cpu-long",
+            stages=(Stage(epochs=24, crop_size=(48, 48, 64, 80), eval_size=112, batch=64, lr=0.2),),
+            view=MIXED,
+            views=16,
+            average=0.999,
+        ),
+        # The same for one modern GPU, where samples are cheap. Not yet run.
+        dataclasses.replace(
+            CPU,
+            name="gpu",
+            stages=(Stage(epochs=64, crop_size=(48, 64, 80, 96), eval_size=128, batch=64, lr=0.2),),
+            view=MIXED,
+            views=20,
+            average=0.9998,
         ),
         # The whole path in under a minute on two CPU cores, on pictures drawn by the program.
         Recipe(
