@@ -9,21 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from samples import ORIGINAL, random_uniforms
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 import augment
-from augment import COLUMNS, ViewParameters, Views, draw, erase, mix, normalise, view, view_parameters
+from augment import COLUMNS, ViewParameters, Views, erase, mix, normalise, view, view_parameters
 
-ORIGINAL = Views()
 NO_COLOUR = Views(brightness=0, contrast=0, saturation=0, hue=0)
 PLAIN = replace(NO_COLOUR, crop_scale=(1, 1), crop_ratio=(1, 1), rotation=0, hflip=0, vflip=0)
 FIRST_ORDER = (0, 1, 2, 3)
-
-
-def random_uniforms(n: int, seed: int = 0) -> torch.Tensor:
-    return torch.rand(n, COLUMNS, generator=torch.Generator().manual_seed(seed))
 
 
 def noise(n: int, height: int = 96, width: int = 96, seed: int = 1) -> torch.Tensor:
@@ -44,13 +40,6 @@ def parameters(n: int = 1, **given: float) -> ViewParameters:
     for flip in ("hflip", "vflip"):
         values[flip] = bool(values[flip])
     return ViewParameters(**{name: torch.tensor([value] * n) for name, value in values.items()})
-
-
-def ks_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Kolmogorov-Smirnov: the largest difference between two samples' distribution functions."""
-    points = np.concatenate((a, b))
-    below = [np.searchsorted(np.sort(sample), points, side="right") / len(sample) for sample in (a, b)]
-    return float(np.abs(below[0] - below[1]).max())
 
 
 # Colour
@@ -225,225 +214,6 @@ def test_a_view_does_not_depend_on_its_batch():
     for i in (0, 7, 11):
         alone = view(images[i : i + 1], uniforms[i : i + 1], FIRST_ORDER, 70, ORIGINAL)
         torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-6)
-
-
-# Distributions
-
-DRAWS = 20_000
-CLOSE = 0.02  # of two samples of one distribution, about one pair in 1,500 is further apart
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "scale", "ratio"),
-    [
-        (96, 96, (0.08, 1.0), (3 / 4, 4 / 3)),
-        (60, 96, (0.5, 1.0), (0.5, 2.0)),  # often no fit at the first try
-        (96, 96, (0.9, 1.0), (1.5, 3.0)),  # never a fit
-        (96, 40, (0.9, 1.0), (0.35, 0.6)),  # sometimes none in ten tries
-    ],
-)
-def test_crops_are_distributed_as_torchvisions(height, width, scale, ratio):
-    torch.manual_seed(3)
-    image = torch.empty(3, height, width)
-    sampler = v2.RandomResizedCrop(8, scale, ratio)
-    theirs = [sampler.make_params([image]) for _ in range(DRAWS)]
-    theirs = {name: np.array([crop[name] for crop in theirs]) for name in ("top", "left", "height", "width")}
-    p = view_parameters(random_uniforms(DRAWS), height, width, Views(crop_scale=scale, crop_ratio=ratio))
-    ours = {"top": p.top, "left": p.left, "height": p.crop_height, "width": p.crop_width}
-    ours = {name: values.double().numpy() for name, values in ours.items()}
-    for crops in (ours, theirs):
-        crops["area"], crops["ratio"] = crops["height"] * crops["width"], crops["width"] / crops["height"]
-        crops["bottom"] = crops["top"] + crops["height"]
-    for name in ours:
-        assert ks_distance(ours[name], theirs[name]) < CLOSE, name
-    assert (ours["bottom"] <= height).all() and (ours["left"] + ours["width"] <= width).all()
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "scale", "ratio"),
-    [
-        (96, 96, (1.0, 1.0), (3.0, 3.0)),
-        (96, 96, (1.0, 1.0), (1 / 3, 1 / 3)),
-        (95, 96, (1.0, 1.0), (2.2, 2.5)),
-        (60, 97, (1.0, 1.0), (0.4, 0.7)),
-        (60, 90, (1.0, 1.0), (1.5, 1.5)),  # the whole image fits
-    ],
-)
-def test_fallback_crop_is_torchvisions(height, width, scale, ratio):
-    expected = v2.RandomResizedCrop(8, scale, ratio).make_params([torch.empty(3, height, width)])
-    p = view_parameters(random_uniforms(50), height, width, Views(crop_scale=scale, crop_ratio=ratio))
-    for values, name in ((p.top, "top"), (p.left, "left"), (p.crop_height, "height"), (p.crop_width, "width")):
-        assert (values == expected[name]).all(), name
-
-
-def test_angles_factors_and_flips_are_distributed_as_torchvisions():
-    torch.manual_seed(4)
-    p = view_parameters(random_uniforms(DRAWS), 96, 96, replace(ORIGINAL, brightness=1.5, hflip=0.3, vflip=0.8))
-    rotation = v2.RandomRotation(45)
-    assert ks_distance(p.angle.numpy(), np.array([rotation.make_params([])["angle"] for _ in range(DRAWS)])) < CLOSE
-    jitter = v2.ColorJitter(1.5, 0.3, 0.3, 0.3)
-    theirs = [jitter.make_params([]) for _ in range(DRAWS)]
-    for name in ("brightness", "contrast", "saturation", "hue"):
-        expected = np.array([draws[f"{name}_factor"] for draws in theirs])
-        assert ks_distance(getattr(p, name).numpy(), expected) < CLOSE, name
-    assert p.hflip.float().mean().item() == pytest.approx(0.3, abs=0.015)
-    assert p.vflip.float().mean().item() == pytest.approx(0.8, abs=0.015)
-
-
-def test_parameters_are_independent_of_each_other():
-    p = view_parameters(random_uniforms(DRAWS), 96, 96, ORIGINAL)._asdict()
-    height, width = p.pop("crop_height"), p.pop("crop_width")
-    p["area"], p["ratio"] = height * width, width / height
-    p["middle row"], p["middle column"] = p.pop("top") + height / 2, p.pop("left") + width / 2
-    correlation = torch.corrcoef(torch.stack([values.float() for values in p.values()])) - torch.eye(len(p))
-    for name, row in zip(p, correlation, strict=True):
-        assert row.abs().max() < 0.03, name
-
-
-# Draws
-
-
-def test_an_epoch_shows_each_image_equally_often_in_random_order():
-    indices = torch.tensor([5, 17, 3, 99])
-    draws = draw(indices, 20, 8, ORIGINAL, (0, 0, 0))
-    assert draws.order.dtype == torch.int64 and draws.uniforms.dtype == draws.mix.dtype == torch.float32
-    assert draws.order.sort().values.tolist() == sorted(indices.tolist() * 20)
-    assert draws.order.tolist() != indices.repeat(20).tolist() and len(set(draws.order[:20].tolist())) == 4
-    assert draws.uniforms.shape == (80, COLUMNS) and draws.uniforms.min() >= 0 and draws.uniforms.max() < 1
-    assert len(draws.colour_orders) == 10 and (draws.mix == 1).all()
-
-
-@pytest.mark.parametrize(("n", "batches"), [(7, 1), (8, 1), (9, 2)])
-def test_one_colour_order_a_batch(n, batches):
-    orders = draw(torch.arange(n), 1, 8, ORIGINAL, (0,)).colour_orders
-    assert len(orders) == batches and all(sorted(order) == [0, 1, 2, 3] for order in orders)
-
-
-def test_all_colour_orders_occur_equally_often():
-    orders = draw(torch.arange(24_000), 1, 1, ORIGINAL, (0,)).colour_orders
-    counts = [orders.count(order) for order in permutations(range(4))]
-    assert min(counts) > 850 and max(counts) < 1150
-
-
-def test_equal_seeds_give_equal_draws_and_others_do_not():
-    def drawn(*seed: int) -> augment.Draws:
-        return draw(torch.arange(50), 2, 16, Views(mixup=0.2), seed)
-
-    first, again = drawn(0, 1, 2), drawn(0, 1, 2).to("cpu")
-    assert torch.equal(first.order, again.order) and torch.equal(first.uniforms, again.uniforms)
-    assert torch.equal(first.mix, again.mix) and first.colour_orders == again.colour_orders
-    for other in (drawn(0, 1, 3), drawn(0, 2, 2), drawn(1, 1, 2)):
-        assert not torch.equal(first.order, other.order) and not torch.equal(first.uniforms, other.uniforms)
-        assert not torch.equal(first.mix, other.mix)
-
-
-def test_options_do_not_change_the_other_draws():
-    plain, mixed = (draw(torch.arange(50), 2, 16, views, (0,)) for views in (ORIGINAL, Views(cutmix=1.0, hflip=0)))
-    assert torch.equal(plain.order, mixed.order) and torch.equal(plain.uniforms, mixed.uniforms)
-    assert plain.colour_orders == mixed.colour_orders and not torch.equal(plain.mix, mixed.mix)
-
-
-# Mixing and erasing
-
-
-def numbered(n: int, size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images (n, 3, size, size) that are everywhere their own index, and labels that are too."""
-    return torch.arange(float(n)).view(-1, 1, 1, 1).repeat(1, 3, size, size), torch.arange(n)
-
-
-def mixing(n: int, views: Views) -> tuple[torch.Tensor, torch.Tensor]:
-    draws = draw(torch.arange(n), 1, n, views, (5,))
-    return draws.mix, draws.uniforms
-
-
-def test_no_mixing_by_default():
-    x, labels = numbered(4)
-    mixed, others, share = mix(x, labels, *mixing(4, ORIGINAL), ORIGINAL)
-    assert torch.equal(mixed, x) and torch.equal(others, labels) and torch.equal(share, torch.ones(4))
-
-
-def test_mixup_blends_with_the_neighbour():
-    x, labels = numbered(64)
-    lam, uniforms = mixing(64, Views(mixup=1.0))
-    mixed, others, share = mix(x, labels, lam, uniforms, Views(mixup=1.0))
-    assert others.tolist() == [63, *range(63)]
-    torch.testing.assert_close(share, lam)
-    torch.testing.assert_close(mixed, (lam * labels + (1 - lam) * others).view(-1, 1, 1, 1).expand_as(x))
-
-
-def test_cutmix_pastes_a_box_and_the_share_is_what_is_left():
-    n, size = 256, 32
-    x, labels = numbered(n, size)
-    lam, uniforms = mixing(n, Views(cutmix=1.0))
-    mixed, others, share = mix(x, labels, lam, uniforms, Views(cutmix=1.0))
-    own = mixed == labels.view(-1, 1, 1, 1)
-    assert (own | (mixed == others.view(-1, 1, 1, 1))).all()
-    torch.testing.assert_close(share, own.float().mean(dim=(1, 2, 3)))
-    assert len(share.unique()) > 50
-    whole = 0
-    for i in range(n):
-        rows, columns = (~own[i, 0]).any(1).nonzero(), (~own[i, 0]).any(0).nonzero()
-        side = math.floor(size * math.sqrt(1 - lam[i]))
-        assert (~own[i, 0]).sum() == len(rows) * len(columns)  # a full rectangle
-        if len(rows) and 0 < rows.min() and rows.max() < size - 1 and 0 < columns.min() and columns.max() < size - 1:
-            whole += 1
-            assert len(rows) == len(columns) == side
-        assert len(rows) <= side and len(columns) <= side
-    assert whole > 20
-
-
-def test_each_sample_takes_mixup_or_cutmix_with_even_odds():
-    n, views = 2000, Views(mixup=1.0, cutmix=1.0)
-    x, labels = numbered(n, 8)
-    mixed, _, share = mix(x, labels, *mixing(n, views), views)
-    blended = (mixed.std(dim=(1, 2, 3)) < 1e-3) & (share > 0.02) & (share < 0.98)
-    pasted = mixed.std(dim=(1, 2, 3)) > 0.1
-    assert 0.4 < blended.float().mean() < 0.6 and 0.35 < pasted.float().mean() < 0.6
-
-
-@pytest.mark.parametrize(("mixup", "cutmix"), [(0.2, 0.0), (0.0, 0.2), (4.0, 0.2)])
-def test_lambda_follows_the_beta_distribution_of_the_kind_taken(mixup, cutmix):
-    views = Views(mixup=mixup, cutmix=cutmix, mix_probability=0.25)
-    draws = draw(torch.arange(DRAWS), 4, 100, views, (6,))
-    taken = draws.mix < 1
-    assert taken.float().mean().item() == pytest.approx(0.25, abs=0.03 if cutmix == 0.2 or mixup == 0.2 else 0.01)
-    cut = draws.uniforms[:, augment.MIX_KIND] < (0.5 if mixup and cutmix else bool(cutmix))
-    for kind, alpha in ((cut, cutmix), (~cut, mixup)):
-        lam = draws.mix[kind & taken].double()
-        if alpha:  # variance of Beta(a, a)
-            assert lam.mean().item() == pytest.approx(0.5, abs=0.015)
-            assert lam.var().item() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.05)
-        else:
-            assert len(lam) == 0
-
-
-def test_unmixed_samples_stay_as_they_are():
-    n, views = 400, Views(mixup=1.0, cutmix=1.0, mix_probability=0.5)
-    x, labels = numbered(n, 8)
-    lam, uniforms = mixing(n, views)
-    mixed, _, share = mix(x, labels, lam, uniforms, views)
-    untouched = lam == 1
-    assert 0.4 < untouched.float().mean() < 0.6
-    assert torch.equal(mixed[untouched], x[untouched]) and (share[untouched] == 1).all()
-
-
-def test_erased_patch_has_its_size_and_hangs_over_the_edge():
-    views, uniforms = Views(erase=1.0, erase_size=0.25), random_uniforms(4)
-    uniforms[:, augment.ERASE_ROW] = torch.tensor([0.5, 0.0, 0.5, 0.999])
-    uniforms[:, augment.ERASE_COLUMN] = torch.tensor([0.5, 0.5, 0.0, 0.999])
-    x = torch.ones(4, 3, 40, 40)
-    erased = erase(x, uniforms, views) == 0
-    assert erased.sum(dim=(2, 3)).tolist() == [[100] * 3, [50] * 3, [50] * 3, [36] * 3]
-    assert erased[0, :, 15:25, 15:25].all() and erased[3, :, 34:, 34:].all()
-    assert (x == 1).all()
-
-
-def test_erase_happens_as_often_as_asked_and_anywhere():
-    views = Views(erase=0.3, erase_size=0.2)
-    erased = erase(torch.ones(4000, 1, 20, 20), random_uniforms(4000), views) == 0
-    assert erased.any(dim=(1, 2, 3)).float().mean().item() == pytest.approx(0.3, abs=0.03)
-    assert erased.any(dim=0).all()
-    assert erase(torch.ones(1, 3, 4, 4), random_uniforms(1), ORIGINAL).all()
 
 
 # Options and devices
