@@ -4,13 +4,10 @@ A run folder holds `last.pt` (the one point of commit: all that continues the ru
 before, should `last.pt` be damaged) and `best.pt` (weights only, of the best validation accuracy).
 """
 
-import contextlib
-import fcntl
 import io
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,19 +162,3 @@ def network(recipe: Recipe, classes: int) -> ResNet | WideNet:
         num_classes=classes,
         zero_init_residual=recipe.zero_init_residual,
     )
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process alone; the system lets go of it however the process ends. Raises RunError."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"another run is using {folder}; wait for it or choose another with --out") from None
-        except OSError:
-            pass  # a file system without locks
-        yield
-    finally:
-        os.close(descriptor)

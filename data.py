@@ -5,13 +5,11 @@ Every file is read once and its size and MD5 are checked on the very bytes that 
 argument (`specs`), so that the demo and the tests go through the same code with files of their own.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import os
 import random
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +18,6 @@ import torch
 from torch import Tensor
 
 from errors import RunError
-from files import make_folder
 
 FOLDER = "stl10_binary"
 FOLDS_FILE = "fold_indices.txt"
@@ -145,26 +142,6 @@ def fold_indices(data_dir: Path, fold: int, count: int, specs: Specs = OFFICIAL)
     if not train <= set(range(count)):
         raise ValueError(f"fold {fold} names images beyond the {count} at hand")
     return _ascending(train), _ascending(set(range(count)) - train)
-
-
-@contextlib.contextmanager
-def held_for_writing(data_dir: Path) -> Iterator[Path]:
-    """Create `data_dir/stl10_binary/` and yield it; other processes that would fill it wait.
-
-    The system lets go of the folder however the process ends. Raises RunError where it cannot be created or opened.
-    """
-    folder = Path(data_dir) / FOLDER
-    make_folder(folder)
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise RunError(f"cannot open {folder}: {error.strerror}; name another folder with --data-dir") from error
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield folder
-    finally:
-        os.close(descriptor)
 
 
 def _require(paths: Iterable[Path]) -> None:

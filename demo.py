@@ -12,9 +12,9 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from data import SIDE, FileSpec, Specs, held_for_writing, read_file
+from data import FOLDER, SIDE, FileSpec, Specs, read_file
 from errors import RunError
-from files import replacing
+from files import held, replacing
 
 DEMO_CLASSES = ("disc", "ring", "square", "triangle", "cross", "flower", "crescent", "stripes", "checkers", "dots")
 IMAGES_PER_CLASS = {"train": 150, "test": 30}
@@ -29,7 +29,7 @@ def make(data_dir: Path) -> Specs:
     Files that are already there and right are left alone. Raises RunError where the folder cannot be written.
     """
     specs = {}
-    with held_for_writing(data_dir) as folder:
+    with held(Path(data_dir) / FOLDER, wait=True) as folder:
         for split, per_class in IMAGES_PER_CLASS.items():
             for kind, array in zip("Xy", draw(split, per_class), strict=True):
                 content = array.tobytes()

@@ -19,9 +19,9 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from data import FOLDER, OFFICIAL, FileSpec, Specs, held_for_writing, read_file
+from data import FOLDER, OFFICIAL, FileSpec, Specs, read_file
 from errors import RunError
-from files import replacing
+from files import held, replacing
 
 URL = "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz"
 ARCHIVE = "stl10_binary.tar.gz"
@@ -51,7 +51,7 @@ def fetch(
     place then is whole and checked.
     """
     data_dir = Path(data_dir)
-    with held_for_writing(data_dir) as folder:
+    with held(data_dir / FOLDER, wait=True) as folder:
         missing = {name for name, spec in specs.items() if not _is_right(folder / name, spec)}
         if not missing:
             return

@@ -1,6 +1,7 @@
-"""Files that are either whole or not there at all."""
+"""Files that are either whole or not there at all, and folders that one process at a time fills."""
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,3 +44,26 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"cannot create the folder {path}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def held(folder: Path, *, wait: bool) -> Iterator[Path]:
+    """Create `folder` where it is missing and hold it for this process alone; another one waits, or is refused.
+
+    The system lets go of it however the process ends. Raises RunError where it cannot be created, opened or had.
+    """
+    make_folder(folder)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise RunError(f"cannot open {folder}: {error.strerror}; choose another folder") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"another run is using {folder}; wait for it or choose another with --out") from None
+        except OSError:
+            pass  # a file system without locks
+        yield folder
+    finally:
+        os.close(descriptor)

@@ -67,9 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         settings.build_parser().error(f"{error}: give smaller --layers or --planes, or a larger --budget")
     folder, kind = settings.run_folder(recipe, runtime), Record if machine.leads else Follower
     record = kind(folder, recipe, found.classes, dataset.identity(found, train, val))
-    if machine.leads:
-        files.make_folder(folder)
-    with checkpoint.locked(folder) if machine.leads else contextlib.nullcontext():
+    with files.held(folder, wait=False) if machine.leads else contextlib.nullcontext():
         return Run(runtime, learner, record, found, train, val).go(deadline)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import data
+import files
 from errors import RunError
 
 DEFAULT_VAL_SHA256 = "269aa1cd2834e192f31738f7754a0d951efd21597a88b80b33187ed29a72b4d6"  # int64 indices, ascending
@@ -266,11 +267,11 @@ def test_a_second_process_waits_for_the_folder(tmp_path):
     entered = threading.Event()
 
     def enter() -> None:
-        with data.held_for_writing(tmp_path):
+        with files.held(tmp_path / "pictures", wait=True):
             entered.set()
 
-    with data.held_for_writing(tmp_path) as folder:
-        assert folder == tmp_path / "stl10_binary" and folder.is_dir()
+    with files.held(tmp_path / "pictures", wait=True) as folder:
+        assert folder == tmp_path / "pictures" and folder.is_dir()
         second = threading.Thread(target=enter)
         second.start()
         assert not entered.wait(0.2)

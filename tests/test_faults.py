@@ -17,6 +17,7 @@ import pytest
 from faults import RECIPES, TINY, before, limit_files, run, send, tiny
 
 import checkpoint
+import files
 import settings
 import train
 
@@ -295,12 +296,12 @@ def test_folder_of_someone_else(mode: int, tmp_path: Path, log: Path) -> None:
 def test_two_runs_in_one_folder(out: list[str], log: Path) -> None:
     folder = Path(out[1])
     folder.mkdir()
-    with checkpoint.locked(folder):
+    with files.held(folder, wait=False):
         assert run([*ONE, *out], log, tiny) == 1
         says(log, "another run is using", out[1])
     assert list(folder.iterdir()) == []
     assert run([*ONE, *out], log, tiny, partial(before, STEP, 1, partial(send, signal.SIGKILL))) == -signal.SIGKILL
-    with checkpoint.locked(folder):
+    with files.held(folder, wait=False):
         pass
 
 
