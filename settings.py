@@ -225,7 +225,7 @@ RECIPES = {
             name="cpu-long",
             stages=(Stage(epochs=24, crop_size=(48, 48, 64, 80), eval_size=112, batch=64, lr=0.2),),
             view=MIXED,
-            views=16,
+            views=15,
             average=0.999,
         ),
         # The same for one modern GPU, where samples are cheap. Not yet run.
