@@ -29,7 +29,7 @@ def make(data_dir: Path) -> Specs:
     Files that are already there and right are left alone. Raises RunError where the folder cannot be written.
     """
     specs = {}
-    with held(Path(data_dir) / FOLDER, wait=True) as folder:
+    with held(data_dir / FOLDER, wait=True) as folder:
         for split, per_class in IMAGES_PER_CLASS.items():
             for kind, array in zip("Xy", draw(split, per_class), strict=True):
                 content = array.tobytes()

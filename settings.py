@@ -219,7 +219,7 @@ RECIPES = {
             ),
         ),
         CPU,
-        # The same for an afternoon: larger crops, CutMix, four times the samples. Not yet run.
+        # The same for an afternoon: larger crops, CutMix, three and a half times the samples. Not yet run.
         dataclasses.replace(
             CPU,
             name="cpu-long",
