@@ -36,6 +36,7 @@ COLUMNS = MIX_COLUMN + 1
 
 COLOUR_ORDERS = tuple(permutations(range(4)))  # of brightness 0, contrast 1, saturation 2, hue 3
 
+
 @dataclass(frozen=True)
 class Views:
     """Options of the views; the defaults are the original's. Raises ValueError where one is out of range."""
