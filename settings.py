@@ -219,7 +219,7 @@ RECIPES = {
             ),
         ),
         CPU,
-        # The same for an afternoon: larger crops, CutMix, three times the samples. Not yet run.
+        # The same for an afternoon: larger crops, CutMix, three times the samples.
         dataclasses.replace(
             CPU,
             name="cpu-long",
