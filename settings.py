@@ -88,6 +88,9 @@ class Recipe:
     )
     budget: int = option("most parameters that the network may have", PARAMETER_BUDGET, low=1, high=10**12)
     zero_init_residual: bool = option("start each residual block as the identity", False)
+    cosine_stem: bool = option(
+        "wide: the stem is a cosine transform that does not learn, and further convolutions start as identities", False
+    )
 
     optimizer: str = option(
         "optimiser (sgd: Nesterov momentum 0.9; muon: the same, but convolutions by orthogonalised momentum)",
@@ -115,6 +118,8 @@ class Recipe:
         check_limits(self)
         if not any(stage.epochs for stage in self.stages):
             raise ValueError("epochs: every stage has 0 epochs, so there is nothing to train")
+        if self.cosine_stem and self.network != "wide":
+            raise ValueError(f"cosine_stem is a part of network wide: for {self.network} add --no-cosine-stem")
         if self.fold is not None and self.train_on == "all":
             raise ValueError("fold and train_on all exclude each other: a fold says which images to train on")
 
@@ -193,10 +198,11 @@ CPU = Recipe(
     name="cpu",
     stages=(Stage(epochs=8, crop_size=(32, 48, 48, 64), eval_size=96, batch=64, lr=0.2),),
     view=MILD,
-    views=13,
+    views=15,
     network="wide",
-    layers=(1, 1, 1),
-    planes=(64, 256, 256),
+    layers=(2, 2, 2),
+    planes=(64, 160, 224),
+    cosine_stem=True,
     optimizer="muon",
     weight_decay=5e-4,
     decay_norms=False,
@@ -219,10 +225,14 @@ RECIPES = {
             ),
         ),
         CPU,
-        # The same for an afternoon: larger crops, CutMix, three times the samples.
+        # The same for an afternoon: larger crops, CutMix, three times the samples; and still an earlier network, with
+        # which it was run.
         dataclasses.replace(
             CPU,
             name="cpu-long",
+            layers=(1, 1, 1),
+            planes=(64, 256, 256),
+            cosine_stem=False,
             stages=(Stage(epochs=24, crop_size=(48, 48, 64, 80), eval_size=112, batch=64, lr=0.2),),
             view=MIXED,
             views=14,

@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import augment
+import checkpoint
 import engine
 from engine import Engine, forward_gflop, normed, predict_seconds, step_gflop
 from errors import RunError
@@ -26,6 +27,7 @@ RECIPE = dataclasses.replace(
     network="bottleneck",
     layers=(1, 1, 1),
     planes=(4, 8, 8),
+    cosine_stem=False,
     zero_init_residual=True,
     optimizer="sgd",
     views=1,
@@ -210,6 +212,18 @@ def test_normed_numbers_are_those_of_each_norm():
     net = build_model((1, 1, 1), kind="wide", planes=(4, 6, 8))
     stem, first, second, third = 2 * 20**2, 4 * 10**2, 6 * 5**2, 8 * 2**2
     assert normed(net, 40) == stem + 2 * (first + second + third)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_cosine_stem_does_not_learn_and_everything_else_does(optimizer):
+    changes = {"network": "wide", "cosine_stem": True, "optimizer": optimizer}
+    learner, _ = trained(PLAIN, **changes)
+    with torch.random.fork_rng():
+        torch.manual_seed(RECIPE.seed)
+        before = checkpoint.network(dataclasses.replace(RECIPE, **changes), 10).state_dict()
+    for state in (learner.net.state_dict(), learner.scored.state_dict()):
+        same = {name for name, value in state.items() if torch.equal(value, before[name])}
+        assert {name for name in same if state[name].is_floating_point()} == {"conv1.weight"}
 
 
 def test_predicted_seconds_are_samples_over_rates():

@@ -43,7 +43,7 @@ def to(self: nn.Module, device: torch.device, memory_format: torch.memory_format
                     continue
                 moved = value.detach().to(device)
                 moved = moved.contiguous(memory_format=memory_format) if moved.ndim == 4 else moved
-                tensors[name] = nn.Parameter(moved) if tensors is module._parameters else moved
+                tensors[name] = nn.Parameter(moved, value.requires_grad) if tensors is module._parameters else moved
     return self
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import Bottleneck as TorchvisionBottleneck
 
-from model import PARAMETER_BUDGET, SLOPE, Bottleneck, ResNet, build_model, count_parameters
+from model import PARAMETER_BUDGET, SLOPE, Bottleneck, ResNet, build_model, cosine_filters, count_parameters
 
 SMALL = {"layers": (1, 2, 1), "planes": (4, 6, 8)}
 WIDE = {"kind": "wide", **SMALL}
@@ -129,6 +129,47 @@ def test_wide_network_is_within_the_budget():
     assert count_parameters(build_model((1, 1, 1), kind="wide", planes=(64, 256, 256))) == 1_978_698
     with pytest.raises(ValueError, match="kind is one of bottleneck, wide, not 'deep'"):
         build_model(kind="deep")
+
+
+def test_cosine_filters_are_an_orthonormal_basis_and_its_negatives():
+    filters = cosine_filters(96).double().flatten(1)
+    torch.testing.assert_close(filters[:48] @ filters[:48].T, torch.eye(48, dtype=torch.double), atol=1e-6, rtol=0)
+    assert torch.equal(filters[48:], -filters[:48])
+    assert torch.equal(cosine_filters(31), cosine_filters(32)[:31])
+    with pytest.raises(ValueError, match="planes: a cosine stem has at most 96 filters, not 97"):
+        cosine_filters(97)
+
+
+def test_cosine_filters_are_waves_in_three_colours():
+    """The waves are the eigenvectors of a chain of four springs with free ends; frequency n has 2 - 2·cos(π·n/4)."""
+    springs = torch.tensor([[1.0, -1, 0, 0], [-1, 2, -1, 0], [0, -1, 2, -1], [0, 0, -1, 1]])
+    colours = {(1, 1, 1): [], (1, 0, -1): [], (1, -2, 1): []}
+    for filters in cosine_filters(32)[:16]:
+        patch = filters.abs().sum(0)
+        strongest = filters[:, *divmod(int(patch.argmax()), 4)]
+        axis = max(colours, key=lambda axis: abs(strongest @ torch.tensor(axis).float()) / math.hypot(*axis))
+        light = torch.einsum("cyx,c->yx", filters, torch.tensor(axis).float()) / math.hypot(*axis)
+        assert light.norm().item() == pytest.approx(1, abs=1e-6)  # nothing lies off that axis
+        down, across = ((light * (springs @ light)).sum(), (light * (light @ springs)).sum())
+        frequencies = tuple(round(4 / math.pi * math.acos(1 - energy.item() / 2)) for energy in (down, across))
+        for turned, n in zip((springs @ light, light @ springs), frequencies, strict=True):
+            torch.testing.assert_close(turned, (2 - 2 * math.cos(math.pi * n / 4)) * light, atol=1e-6, rtol=0)
+        colours[axis].append(frequencies)
+    grey, *others = (sorted(found) for found in colours.values())
+    assert grey == [(i, j) for i in range(4) for j in range(4 - i)]
+    assert others == [[(0, 0), (0, 1), (1, 0)]] * 2
+
+
+def test_cosine_stem_stays_and_further_convolutions_start_as_identities():
+    model = build_model(cosine_stem=True, **WIDE)
+    assert list(model.state_dict()) == list(build_model(**WIDE).state_dict())
+    assert torch.equal(model.conv1.weight, cosine_filters(2))
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["conv1.weight"]
+    x = torch.randn(2, 8, 5, 7)
+    for conv in (conv for group in model.groups for conv in (group.conv, *group.convs)):
+        given = x[:, : conv.in_channels]
+        torch.testing.assert_close(conv(given)[:, : conv.in_channels], given)
+        assert (conv.weight[conv.in_channels :] != 0).all()
 
 
 @BOTH

@@ -102,6 +102,7 @@ INCONSISTENT = {
     "--fold": ["--fold 3", "--fold 3 --train-on all", "--recipe original --fold 1 --train-on all"],
     "--recipe": ["--recipe none", "--recipe original --demo", "--recipe"],
     "--batch": ["--batch 128 8192"],
+    "--cosine-stem": ["--cosine-stem"],
     "--image-size": ["--image-size 64"],
     "--demo": ["--demo --images data", "--demo=yes"],
     "--unknown": ["--unknown 1"],
