@@ -99,7 +99,7 @@ def learning_rate(
     figure, axes = _canvas("epoch", "learning rate")
     peak = max(rates)
     axes.plot(epochs, rates, color=BLUE, lw=1.5, **_mark(epochs))
-    axes.set_yscale("log")
+    axes.set_yscale("log", nonpositive="mask")  # the warm-up begins at 0
     axes.set_ylim(peak * 1e-4, peak * 2)
     _timeline(axes, epochs, stages, stage_names, restarts)
     _title(figure, title, f"learning rate: peak {peak:.3g}, last {rates[-1]:.2g}")
