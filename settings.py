@@ -193,7 +193,7 @@ class Runtime:
 MILD = Views(crop_scale=(0.25, 1.0), rotation=10.0, vflip=0.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
 
 # Milder views, small crops first, a network whose arithmetic keeps the cores busy and whose stem need not be learnt,
-# and Muon, which learns from half the samples: for half an hour on two CPU cores. Why each of them: docs/EXPERIMENTS.md.
+# and Muon, which learns from half the samples: half an hour on two CPU cores. Why each of them: docs/EXPERIMENTS.md.
 CPU = Recipe(
     name="cpu",
     stages=(Stage(epochs=8, crop_size=(32, 48, 48, 64), eval_size=96, batch=64, lr=0.2),),
