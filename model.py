@@ -231,21 +231,21 @@ class WideNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def cosine_filters(count: int, side: int = 4) -> Tensor:
-    """Filters of the cosine transform of side × side patches, lowest frequencies first: float32 (count, 3, side, side).
+def cosine_filters(count: int) -> Tensor:
+    """Filters of the cosine transform of 4 × 4 patches, lowest frequencies first: float32 (count, 3, 4, 4).
 
     Each is the product of a wave along either side and one of three axes of colour: grey, red against blue, green
     against both. All have length 1 and are orthogonal, but for the second half, which are the first half's negatives:
     a rectifier keeps one side of each. As colours change more slowly than light, theirs rank two frequencies later.
     Raises ValueError where there are not as many.
     """
-    if count > 6 * side**2:
-        raise ValueError(f"planes: a cosine stem has at most {6 * side**2} filters, not {count}")
-    place = torch.arange(side)
-    waves = torch.cos(math.pi / side * (place + 0.5) * place[:, None])
+    if count > 96:
+        raise ValueError(f"planes: a cosine stem has at most 96 filters, not {count}")
+    place = torch.arange(4)
+    waves = torch.cos(math.pi / 4 * (place + 0.5) * place[:, None])
     axes = torch.tensor([[1.0, 1, 1], [1, 0, -1], [1, -2, 1]])
     waves, axes = (rows / rows.norm(dim=1, keepdim=True) for rows in (waves, axes))
-    order = sorted(product(range(3), range(side), range(side)), key=lambda n: sum(n[1:]) + (2 if n[0] else 0))
+    order = sorted(product(range(3), range(4), range(4)), key=lambda n: sum(n[1:]) + (2 if n[0] else 0))
     half = [torch.einsum("c,y,x->cyx", axes[a], waves[i], waves[j]) for a, i, j in order[: math.ceil(count / 2)]]
     return torch.cat([torch.stack(half), -torch.stack(half)])[:count]
 
