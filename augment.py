@@ -34,6 +34,8 @@ TOP, LEFT, HFLIP, VFLIP, *FACTORS, HUE, ERASE, ERASE_ROW, ERASE_COLUMN, MIX_KIND
 BRIGHTNESS, CONTRAST, SATURATION = FACTORS
 COLUMNS = MIX_COLUMN + 1
 
+CACHED_PIXELS = 160_000  # of the views made at once on a CPU, so that what lies in between stays in its caches
+
 COLOUR_ORDERS = tuple(permutations(range(4)))  # of brightness 0, contrast 1, saturation 2, hue 3
 
 
@@ -184,6 +186,10 @@ def view(images: Tensor, uniforms: Tensor, colour_order: Sequence[int], size: in
     Rotation about the centre with black outside, crop and both flips in one bilinear sampling without antialiasing;
     then brightness, contrast, saturation and hue in `colour_order`. `uniforms` are (B, COLUMNS).
     """
+    rows = max(1, CACHED_PIXELS // size**2)
+    if images.device.type == "cpu" and len(images) > rows:
+        parts = zip(images.split(rows), uniforms.split(rows), strict=True)
+        return torch.cat([view(*part, colour_order, size, views) for part in parts])
     p = view_parameters(uniforms, *images.shape[-2:], views)
     x = _sample(images, p, size, rotated=views.rotation > 0)
     operations = (
@@ -235,7 +241,7 @@ def _adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
 
 def _adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
     """Blend with the image's own mean grey."""
-    mean = _grey(x).mean(dim=(1, 2, 3), keepdim=True)
+    mean = _grey(x.mean(dim=(2, 3), keepdim=True))
     return torch.addcmul(mean * (1 - factor), x, factor).clamp_(0, 1)
 
 

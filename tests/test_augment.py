@@ -208,12 +208,15 @@ def test_every_sample_has_its_own_view():
         assert len(values.unique()) > (1 if name in ("hflip", "vflip") else 15), name
 
 
-def test_a_view_does_not_depend_on_its_batch():
-    images, uniforms = noise(12), random_uniforms(12)
+def test_a_view_does_not_depend_on_its_batch_nor_on_the_pieces_it_is_made_in(monkeypatch):
+    images, uniforms = noise(70), random_uniforms(70)
     together = view(images, uniforms, FIRST_ORDER, 70, ORIGINAL)
-    for i in (0, 7, 11):
+    assert augment.CACHED_PIXELS // 70**2 < 35  # so these are three pieces
+    for i in (0, 31, 32, 69):
         alone = view(images[i : i + 1], uniforms[i : i + 1], FIRST_ORDER, 70, ORIGINAL)
         torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-6)
+    monkeypatch.setattr(augment, "CACHED_PIXELS", 70**3)
+    torch.testing.assert_close(view(images, uniforms, FIRST_ORDER, 70, ORIGINAL), together, rtol=0, atol=1e-6)
 
 
 # Options and devices
