@@ -7,8 +7,9 @@
 
 Classic is what a careful user writes: torchvision's transforms on one PIL image at a time, in as many persistent
 DataLoader workers as there are cores, float32 NCHW steps, and `.item()` at each of them. Each side has a process of its
-own and both take turns, so that whatever else the machine does hits both alike. Rates are medians over the turns; the
-ratio is the median of those of neighbouring turns, with the lowest and the highest.
+own, trains there until it gets no faster, and then both take turns, so that whatever else the machine does hits both
+alike. Rates are medians over the turns; the ratio is the median of those of neighbouring turns, with the lowest and the
+highest.
 """
 
 import argparse
@@ -36,6 +37,9 @@ from sides import CLASSES, CORES, Classic, Job, Ours, load, timed
 
 TRAIN_IMAGES = 4_000  # of STL-10's 5,000; what a forecast is for
 SIDES = ("classic", "engine")
+SETTLING = 5  # turns whose median rate is compared with that of as many before
+SETTLED = 1.03  # times the rate before: less is no faster
+LONGEST_SETTLING = 80  # turns
 
 
 class Process:
@@ -72,6 +76,18 @@ class Process:
             torch.set_num_threads(before)
 
     @staticmethod
+    def settle() -> int:
+        """Train until it gets no faster, and say how many turns that took.
+
+        A process asks for fresh memory in its first steps, which costs more than the arithmetic; the allocator needs
+        dozens of them until it mostly uses what it has.
+        """
+        rates: list[float] = []
+        while len(rates) < LONGEST_SETTLING and not settled(rates):
+            rates.append(1 / Process.seconds("train_steps"))
+        return len(rates)
+
+    @staticmethod
     def call(method: str) -> Any:
         return getattr(Process._side, method)()
 
@@ -81,6 +97,12 @@ class Process:
         if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def settled(rates: list[float]) -> bool:
+    """Whether the last rates are no higher than those before them."""
+    before, last = rates[-2 * SETTLING : -SETTLING], rates[-SETTLING:]
+    return len(before) == SETTLING and statistics.median(last) < SETTLED * statistics.median(before)
 
 
 def points(recipe: Recipe, size: int | None = None, batch: int | None = None) -> list[tuple[int, int, int]]:
@@ -93,6 +115,7 @@ def measure(job: Job, turns: int) -> dict[str, Any]:
     """Everything about one job, as plain values."""
     with contextlib.ExitStack() as stack:
         sides = [stack.enter_context(Process(kind, job)) for kind in (Classic, Ours)]
+        turns_to_settle = {name: side.ask(Process.settle) for name, side in zip(SIDES, sides, strict=True)}
         rows = [take_turns("views by one core", sides, turns, "views", 1)]
         rows.append(take_turns("training step", sides, turns, "train_steps"))
         rows.append(take_turns("end to end", sides, turns, "end_to_end"))
@@ -102,6 +125,7 @@ def measure(job: Job, turns: int) -> dict[str, Any]:
     gflop = engine.step_gflop(checkpoint.network(job.recipe, CLASSES), job.size)
     tflops = {name: statistics.median(rows[1][name]) * gflop / 1e3 for name in SIDES}
     about = {"size": job.size, "batch": job.batch, "samples_a_turn": job.samples}
+    about["turns_to_settle"] = turns_to_settle
     return {**about, "rows": rows, "step_tflops": tflops, "matmul_tflops": product, "peak_memory": memory}
 
 

@@ -154,7 +154,9 @@ def network(recipe: Recipe, classes: int) -> ResNet | WideNet:
     least = sum(9 * blocks * width**2 for blocks, width in zip(recipe.layers, recipe.planes, strict=True))
     if least > recipe.budget:  # in the 3×3 convolutions alone; said before any memory is asked for
         raise ValueError(f"the network has over {least:,} parameters, more than the budget of {recipe.budget:,}")
-    own = {"cosine_stem": True} if recipe.cosine_stem else {}  # which only one of the networks has
+    own = {}  # what only one of the networks has
+    if recipe.network == "wide":
+        own = {"cosine_stem": recipe.cosine_stem, "last_pool": recipe.last_pool}
     return build_model(
         recipe.layers,
         kind=recipe.network,

@@ -79,12 +79,10 @@ class Engine:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision is torch.bfloat16)
 
     def compiled(self, net: nn.Module) -> nn.Module:
-        """`net` for training steps: itself, or a compiled form that shares its weights.
+        """A compiled form of `net` for training steps, which shares its weights.
 
         `net` stays as it was, eager and with its own state_dict: scoring, copies and checkpoints see no difference.
         """
-        if not self.compile:
-            return net
         torch._dynamo.config.recompile_limit = 64  # one graph a crop size
         # On CUDA a step is hundreds of kernels of a few microseconds: only captured graphs launch them in time.
         return torch.compile(net, dynamic=False, mode="reduce-overhead" if self.device.type == "cuda" else None)

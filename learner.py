@@ -1,6 +1,7 @@
 """What is trained and how it learns: the network, its running average, the optimiser and the schedule."""
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,12 +12,13 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 import checkpoint
 import distributed
+from aligned import Aligned, rounded
 from augment import Draws, erase, mix, normalise, view
 from engine import Engine
 from losses import LabelSmoothingLoss
 from muon import Muon
 from scheduler import DecayingCosineWarmRestarts
-from settings import Recipe, Stage
+from settings import NO_LIMIT, Recipe, Stage
 
 FILTER_RATE = 0.1  # of Muon's steps, as a share of the rate of everything else
 RGB = 3  # a filter over the image itself, the stem's, is no hidden layer: Muon leaves it to SGD
@@ -59,11 +61,23 @@ class Learner:
             torch.manual_seed(recipe.seed)
             self.net = checkpoint.network(recipe, classes)
         self.net.to(engine.device, memory_format=torch.channels_last)
-        self._net = distributed.parallel(engine.compiled(self.net))
+        self._net = distributed.parallel(self._form(classes))
         self.loss = LabelSmoothingLoss(classes, recipe.label_smoothing, reduction="none")
         self.average: RunningAverage | None = None
         self.optimizer: torch.optim.Optimizer
         self.schedule: LRScheduler
+
+    def _form(self, classes: int) -> nn.Module:
+        """The network as it is calculated in training steps: compiled, aligned, or just itself."""
+        recipe, machine = self.recipe, self.engine
+        if machine.compile:
+            return machine.compiled(self.net)
+        planes = rounded(recipe.planes)
+        if machine.device.type != "cpu" or planes == recipe.planes:
+            return self.net
+        with torch.device("meta"):
+            twin = checkpoint.network(dataclasses.replace(recipe, planes=planes, budget=NO_LIMIT), classes)
+        return Aligned(self.net, twin)
 
     @property
     def scored(self) -> nn.Module:
@@ -73,7 +87,7 @@ class Learner:
     def begin(self, stage: Stage, images: int) -> None:
         """Start a stage over `images` training images: the weights stay; optimiser, schedule and average are new."""
         recipe = self.recipe
-        self.optimizer = build_optimizer(recipe, stage, self.net)
+        self.optimizer = build_optimizer(recipe, stage, self.net, self.engine.precision)
         if recipe.schedule == "restarts":
             self.schedule = DecayingCosineWarmRestarts(
                 self.optimizer, recipe.cycle, recipe.cycle_growth, recipe.cycle_decay
@@ -173,8 +187,13 @@ class Learner:
         self.schedule.load_state_dict(state["schedule"])
 
 
-def build_optimizer(recipe: Recipe, stage: Stage, net: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's optimiser, in PyTorch's fused form; norms and biases without decay unless `decay_norms`."""
+def build_optimizer(
+    recipe: Recipe, stage: Stage, net: nn.Module, precision: torch.dtype = torch.float32
+) -> torch.optim.Optimizer:
+    """The recipe's optimiser, in PyTorch's fused form; norms and biases without decay unless `decay_norms`.
+
+    Muon multiplies in `precision`; all weights and states are float32.
+    """
     muon = recipe.optimizer == "muon"
     weights, others, filters = [], [], []
     for p in net.parameters():
@@ -186,7 +205,7 @@ def build_optimizer(recipe: Recipe, stage: Stage, net: nn.Module) -> torch.optim
     groups += [{"params": others, "weight_decay": 0.0}] if others else []
     if muon:
         groups.append({"params": filters, "weight_decay": 0.0, "lr": stage.lr * FILTER_RATE, "orthogonal": True})
-        return Muon(groups, lr=stage.lr, momentum=0.9)
+        return Muon(groups, lr=stage.lr, momentum=0.9, precision=precision)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=stage.lr, momentum=0.9, nesterov=True, fused=True)
     kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam

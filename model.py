@@ -159,13 +159,13 @@ class ResNet(nn.Module):
 class WideGroup(nn.Module):
     """3×3 convolution, 2×2 max-pool, norm, rectifier; then `layers` 3×3 convolutions with norms beside a shortcut.
 
-    Maps (N, inplanes, H, W) to (N, planes, H/2, W/2), halves rounded down.
+    Maps (N, inplanes, H, W) to (N, planes, H/2, W/2), halves rounded down; without `pool` to (N, planes, H, W).
     """
 
-    def __init__(self, inplanes: int, planes: int, layers: int) -> None:
+    def __init__(self, inplanes: int, planes: int, layers: int, pool: bool = True) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inplanes, planes, 3, padding=1, bias=False)
-        self.pool = nn.MaxPool2d(2)
+        self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
         self.bn = nn.BatchNorm2d(planes)
         self.relu = nn.LeakyReLU(SLOPE, inplace=True)
         self.convs = nn.ModuleList(nn.Conv2d(planes, planes, 3, padding=1, bias=False) for _ in range(layers))
@@ -193,6 +193,7 @@ class WideNet(nn.Module):
     `cosine_filters`, which do not learn, and the further convolutions start as identities on their first channels,
     so that colours and edges are told apart from the first step on (the idea is that of arXiv 2404.00498, where the
     principal directions of the images' patches are taken: of STL-10's views they span the same space to 99 %).
+    `last_pool`: whether the last group, too, halves its maps; without, it costs four times as much and sees more.
 
     Takes float images (N, 3, H, W) from 32 px up, normalised; gives logits (N, num_classes).
     Raises ValueError for options out of range, and for smaller inputs.
@@ -205,6 +206,7 @@ class WideNet(nn.Module):
         zero_init_residual: bool = False,
         planes: Sequence[int] = (64, 256, 256),
         cosine_stem: bool = False,
+        last_pool: bool = True,
     ) -> None:
         super().__init__()
         _check_groups(layers, planes)
@@ -213,7 +215,8 @@ class WideNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(stem)
         self.relu = nn.LeakyReLU(SLOPE, inplace=True)
         widths = zip((stem, *planes[:-1]), planes, layers, strict=True)
-        self.groups = nn.Sequential(*(WideGroup(*group) for group in widths))
+        pools = (True, True, last_pool)
+        self.groups = nn.Sequential(*(WideGroup(*width, pool) for width, pool in zip(widths, pools, strict=True)))
         self.fc = nn.Linear(planes[-1], num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -16,6 +16,8 @@ from augment import Views
 from model import NETWORKS, PARAMETER_BUDGET
 from scheduler import restart_rate, warmup_cosine_rate
 
+NO_LIMIT = 10**12  # parameters: a budget that holds nothing back
+
 
 def option(help: str, default: Any = dataclasses.MISSING, **limits: Any) -> Any:
     """A dataclass field with its help text and limits: `low`, `above` and `high` for numbers, `choices` for words."""
@@ -86,11 +88,12 @@ class Recipe:
     planes: tuple[int, int, int] = option(
         "inner width of each group's blocks; wide: its channels", (30, 60, 96), low=1, high=4096
     )
-    budget: int = option("most parameters that the network may have", PARAMETER_BUDGET, low=1, high=10**12)
+    budget: int = option("most parameters that the network may have", PARAMETER_BUDGET, low=1, high=NO_LIMIT)
     zero_init_residual: bool = option("start each residual block as the identity", False)
     cosine_stem: bool = option(
         "wide: the stem is a cosine transform that does not learn, and further convolutions start as identities", False
     )
+    last_pool: bool = option("wide: halve the last group's maps too; without, it sees more and costs more", True)
 
     optimizer: str = option(
         "optimiser (sgd: Nesterov momentum 0.9; muon: the same, but convolutions by orthogonalised momentum)",
@@ -120,6 +123,8 @@ class Recipe:
             raise ValueError("epochs: every stage has 0 epochs, so there is nothing to train")
         if self.cosine_stem and self.network != "wide":
             raise ValueError(f"cosine_stem is a part of network wide: for {self.network} add --no-cosine-stem")
+        if not self.last_pool and self.network != "wide":
+            raise ValueError(f"last_pool is a part of network wide: for {self.network} add --last-pool")
         if self.fold is not None and self.train_on == "all":
             raise ValueError("fold and train_on all exclude each other: a fold says which images to train on")
 

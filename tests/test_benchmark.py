@@ -94,6 +94,29 @@ def test_sides_take_turns_and_the_first_does_not_count():
     assert row == {"name": "scoring", "classic": [25.0, 20.0], "engine": [100.0, 50.0], "ratios": [4.0, 2.5]}
 
 
+@pytest.mark.parametrize(
+    "rates, settled",
+    [
+        ([], False),
+        ([9.0] * 9, False),
+        ([9.0] * 10, True),
+        ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 9.0], False),
+        ([1.0, 1.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.2, 9.2, 1.0], True),
+        ([9.0] * 5 + [8.0] * 5, True),
+    ],
+)
+def test_a_side_has_settled_when_it_gets_no_faster(rates, settled):
+    assert benchmark.settled(rates) is settled
+
+
+def test_settling_ends_though_it_never_settles(monkeypatch):
+    times = iter([1 / (1.1**n) for n in range(1000)])
+    monkeypatch.setattr(benchmark.Process, "seconds", lambda method: next(times))
+    assert benchmark.Process.settle() == benchmark.LONGEST_SETTLING
+    monkeypatch.setattr(benchmark.Process, "seconds", lambda method: 1.0)
+    assert benchmark.Process.settle() == 2 * benchmark.SETTLING
+
+
 def test_a_row_shows_medians_and_the_spread_of_the_ratios():
     row = point(70, [10.0, 20.0, 40.0], [1000.0, 5000.0, 1200.0])["rows"][0]
     assert benchmark.cells_of(row) == ["a row", "20.0", "1,200", "100.0 (30.0 to 250.0)"]
