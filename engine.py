@@ -23,8 +23,9 @@ from settings import Recipe, Runtime
 PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # What a training step costs, for a prediction before anything has been measured (see benchmark.py). On a CPU it is two
 # things: convolutions run at the speed of a matrix product, and whatever lies between them waits for memory.
-CPU_GFLOPS = {torch.bfloat16: 280.0, torch.float32: 65.0}  # per core
-CPU_NORM_SECONDS = 6e-9  # per core and number that a norm gives out: norm and rectifier, forward and backward
+CPU_GFLOPS = {torch.bfloat16: 240.0, torch.float32: 65.0}  # per core
+# per core and number that a norm gives out: norm and rectifier, forward and backward
+CPU_NORM_SECONDS = {torch.bfloat16: 1.5e-9, torch.float32: 6e-9}
 CUDA_GFLOPS = {torch.bfloat16: 40_000.0, torch.float32: 10_000.0}  # guesses
 LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # PyTorch reads it at a process's first tensor
 
@@ -96,7 +97,7 @@ class Engine:
         """Rough samples a second of training at `size` px."""
         if self.device.type == "cuda":
             return CUDA_GFLOPS[self.precision] / step_gflop(net, size)
-        waiting = CPU_NORM_SECONDS * normed(net, size)
+        waiting = CPU_NORM_SECONDS[self.precision] * normed(net, size)
         return torch.get_num_threads() / (step_gflop(net, size) / CPU_GFLOPS[self.precision] + waiting)
 
 

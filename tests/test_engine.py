@@ -247,7 +247,7 @@ def test_predicted_seconds_follow_the_sizes_within_a_stage():
 def test_the_prediction_before_any_measurement_is_arithmetic(monkeypatch):
     net, recipe = build_model(), RECIPES["original"]
     monkeypatch.setattr(engine, "CPU_GFLOPS", {torch.float32: 40.0})
-    monkeypatch.setattr(engine, "CPU_NORM_SECONDS", 1e-8)
+    monkeypatch.setattr(engine, "CPU_NORM_SECONDS", {torch.float32: 1e-8})
     images = 4_000 * 20
     seconds = images * 300 * (3 * forward_gflop(net, 70) / 40 + 1e-8 * normed(net, 70))
     seconds += images * 140 * (3 * forward_gflop(net, 120) / 40 + 1e-8 * normed(net, 120))

@@ -105,8 +105,9 @@ def test_whole_network_is_its_table_written_out():
     torch.testing.assert_close(model(x), expected)
 
 
-def test_wide_network_is_its_table_written_out():
-    model = with_random_norms(build_model(**WIDE))
+@pytest.mark.parametrize("last_pool", [True, False])
+def test_wide_network_is_its_table_written_out(last_pool: bool):
+    model = with_random_norms(build_model(last_pool=last_pool, **WIDE))
     x = torch.randn(2, 3, 70, 37)
 
     def conv(y: torch.Tensor, layer: nn.Conv2d) -> torch.Tensor:
@@ -116,7 +117,10 @@ def test_wide_network_is_its_table_written_out():
     y = leaky(model.bn1(nn.functional.conv2d(x, model.conv1.weight, stride=2, padding=1)))
     assert y.shape == (2, 2, 35, 18)  # the stem has half the first group's channels
     for group, layers, planes in zip(model.groups, (1, 2, 1), (4, 6, 8), strict=True):
-        y = shortcut = leaky(group.bn(nn.functional.max_pool2d(conv(y, group.conv), 2)))
+        y = conv(y, group.conv)
+        if last_pool or planes != 8:
+            y = nn.functional.max_pool2d(y, 2)
+        y = shortcut = leaky(group.bn(y))
         if layers == 2:
             y = leaky(group.bns[0](conv(y, group.convs[0])))
         y = leaky(group.bns[-1](conv(y, group.convs[-1])) + shortcut)

@@ -79,3 +79,12 @@ def test_stages_follow_each_other():
 def test_crop_sizes_share_a_stage(epochs, sizes, expected):
     stage = Stage(epochs, sizes, 96, 64, 0.1)
     assert [stage.size(epoch) for epoch in range(epochs)] == expected
+
+
+@pytest.mark.parametrize("flag, way_out", [("--cosine-stem", "--no-cosine-stem"), ("--no-last-pool", "--last-pool")])
+def test_parts_of_the_wide_network_are_refused_for_the_other(flag, way_out, capsys):
+    with pytest.raises(SystemExit) as stop:
+        settings.parse([flag])
+    assert stop.value.code == 2
+    assert f"is a part of network wide: for bottleneck add {way_out}\n" in capsys.readouterr().err
+    settings.parse([flag, "--network", "wide", "--layers", "1", "1", "1"])
