@@ -270,10 +270,11 @@ def _adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     # d - 1 clamped to 0 … 1 is d clamped to 1 … 2, less 1: that 1 goes into the first summand.
     # Red lies at both ends of the scale, so its distance is half a turn less that to its opposite.
     high = value + chroma
-    red = torch.addcmul(value.sub_(chroma, alpha=2), distance(1 / 2), chroma, value=6)
-    green = torch.addcmul(high, distance(1 / 3), chroma, value=-6)
-    blue = torch.addcmul(high, distance(2 / 3), chroma, value=-6)
-    return torch.stack((red, green, blue), 1)
+    turned = torch.empty_like(x)
+    torch.addcmul(value.sub_(chroma, alpha=2), distance(1 / 2), chroma, value=6, out=turned[:, 0])
+    torch.addcmul(high, distance(1 / 3), chroma, value=-6, out=turned[:, 1])
+    torch.addcmul(high, distance(2 / 3), chroma, value=-6, out=turned[:, 2])
+    return turned
 
 
 @torch.no_grad()

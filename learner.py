@@ -115,7 +115,7 @@ class Learner:
         for step in range(steps):
             rows = self.engine.rows(step, stage.batch)
             index, uniforms = draws.order[rows], draws.uniforms[rows]
-            x = view(images[index], uniforms, draws.colour_orders[step], size, self.recipe.view)
+            x = view(images.index_select(0, index), uniforms, draws.colour_orders[step], size, self.recipe.view)
             loss, right = self._step(normalise(x, inplace=True), labels[index], draws.mix[rows], uniforms)
             losses[step] = loss
             hits += right

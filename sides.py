@@ -139,7 +139,7 @@ class Ours:
 
     def _view(self, step: int) -> Tensor:
         rows = self.machine.rows(step, self.job.batch)
-        images, uniforms = self.images[self.draws.order[rows]], self.draws.uniforms[rows]
+        images, uniforms = self.images.index_select(0, self.draws.order[rows]), self.draws.uniforms[rows]
         x = augment.view(images, uniforms, self.draws.colour_orders[step], self.job.size, self.job.recipe.view)
         return augment.normalise(x, inplace=True)
 
