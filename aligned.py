@@ -13,16 +13,17 @@ CHANNELS = 16  # float32 numbers in a cache line of 64 bytes
 
 
 def rounded(planes: tuple[int, ...]) -> tuple[int, ...]:
-    """The widths, each brought up to whole cache lines; those of less than one stay, as they would gain less than cost."""
+    """The widths, each brought up to whole cache lines; those below one stay: they would gain less than they cost."""
     return tuple(width if width < CHANNELS else -(-width // CHANNELS) * CHANNELS for width in planes)
 
 
 class Aligned(nn.Module):
     """`net` in training mode, calculated as the wider `twin`, whose weights are the net's with zeros around them.
 
-    A channel of zeros stays one: through convolutions, norms (whose weight and bias are 0 there), rectifiers, pooling and
-    sums. So the logits are the net's, the gradients reach the net's own parameters, and its running statistics are
-    updated. `twin`: a network of the same kind and layers; only its shapes are used, so it may be on the meta device.
+    A channel of zeros stays one: through convolutions, norms (whose weight and bias are 0 there), rectifiers, pooling
+    and sums. So the logits are the net's, the gradients reach the net's own parameters, and its running statistics are
+    updated. `twin`: a network of the same kind and layers, none of whose own weights are used: it may be on the meta
+    device.
     """
 
     def __init__(self, net: nn.Module, twin: nn.Module) -> None:
