@@ -216,7 +216,9 @@ CPU = Recipe(
     average=0.998,
     mirror=True,
 )
-MIXED = dataclasses.replace(MILD, cutmix=1.0, mix_probability=0.5)  # for runs that would fit their images otherwise
+STRONG = dataclasses.replace(  # for runs that would fit their images otherwise
+    MILD, crop_scale=(0.15, 1.0), brightness=0.6, contrast=0.6, saturation=0.8, cutmix=1.0, mix_probability=0.5
+)
 
 RECIPES = {
     recipe.name: recipe
@@ -230,13 +232,15 @@ RECIPES = {
             ),
         ),
         CPU,
-        # The same for an afternoon: larger crops, CutMix, three times the samples.
+        # The same for an hour of two cores with bf16, or an afternoon of others: maps that stay larger, larger crops,
+        # stronger views, CutMix, four times the samples.
         dataclasses.replace(
             CPU,
             name="cpu-long",
-            stages=(Stage(epochs=24, crop_size=(32, 32, 48, 48, 64, 64, 64, 72), eval_size=96, batch=64, lr=0.2),),
-            view=MIXED,
-            views=15,
+            stages=(Stage(epochs=24, crop_size=(48, 48, 64, 64, 80, 80, 80, 96), eval_size=128, batch=64, lr=0.2),),
+            view=STRONG,
+            views=20,
+            last_pool=False,
             average=0.999,
         ),
         # The same for one modern GPU, where samples are cheap. Not yet run.
@@ -244,8 +248,9 @@ RECIPES = {
             CPU,
             name="gpu",
             stages=(Stage(epochs=64, crop_size=(48, 64, 80, 96), eval_size=128, batch=64, lr=0.2),),
-            view=MIXED,
+            view=STRONG,
             views=20,
+            last_pool=False,
             average=0.9998,
         ),
         # The whole path in under a minute on two CPU cores, on pictures drawn by the program.
