@@ -217,7 +217,7 @@ CPU = Recipe(
     mirror=True,
 )
 STRONG = dataclasses.replace(  # for runs that would fit their images otherwise
-    MILD, crop_scale=(0.15, 1.0), brightness=0.6, contrast=0.6, saturation=0.8, cutmix=1.0, mix_probability=0.5
+    MILD, crop_scale=(0.15, 1.0), brightness=0.6, contrast=0.6, saturation=0.8, cutmix=1.0, mix_probability=0.75
 )
 
 RECIPES = {
