@@ -5,16 +5,21 @@ not fill cache lines, two threads write to the same line and wait for each other
 not fill vectors are handled one by one. The original's 30, 60 and 120 channels are such rows.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 CHANNELS = 16  # float32 numbers in a cache line of 64 bytes
+WORTH = 1 / 8  # of a width: to add more costs more arithmetic than is gained
 
 
 def rounded(planes: tuple[int, ...]) -> tuple[int, ...]:
-    """The widths, each brought up to whole cache lines; those below one stay: they would gain less than they cost."""
-    return tuple(width if width < CHANNELS else -(-width // CHANNELS) * CHANNELS for width in planes)
+    """The widths, each brought up to whole cache lines where that is near; widths of less than one line stay."""
+    lines = [math.ceil(width / CHANNELS) * CHANNELS for width in planes]
+    near = [CHANNELS <= width and line - width <= WORTH * width for width, line in zip(planes, lines, strict=True)]
+    return tuple(line if close else width for width, line, close in zip(planes, lines, near, strict=True))
 
 
 class Aligned(nn.Module):

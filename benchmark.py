@@ -15,6 +15,7 @@ highest.
 import argparse
 import contextlib
 import json
+import math
 import multiprocessing
 import resource
 import statistics
@@ -37,9 +38,9 @@ from sides import CLASSES, CORES, Classic, Job, Ours, load, timed
 
 TRAIN_IMAGES = 4_000  # of STL-10's 5,000; what a forecast is for
 SIDES = ("classic", "engine")
-SETTLING = 5  # turns whose median rate is compared with that of as many before
+SETTLING = 16  # steps whose median rate is compared with that of as many before
 SETTLED = 1.03  # times the rate before: less is no faster
-LONGEST_SETTLING = 80  # turns
+LONGEST_SETTLING = 20 * SETTLING
 
 
 class Process:
@@ -77,15 +78,15 @@ class Process:
 
     @staticmethod
     def settle() -> int:
-        """Train until it gets no faster, and say how many turns that took.
+        """Train until it gets no faster, and say how many steps that took.
 
         A process asks for fresh memory in its first steps, which costs more than the arithmetic; the allocator needs
         dozens of them until it mostly uses what it has.
         """
-        rates: list[float] = []
-        while len(rates) < LONGEST_SETTLING and not settled(rates):
+        rates, steps = [], Process._side.job.steps
+        while len(rates) * steps < LONGEST_SETTLING and not settled(rates, math.ceil(SETTLING / steps)):
             rates.append(1 / Process.seconds("train_steps"))
-        return len(rates)
+        return len(rates) * steps
 
     @staticmethod
     def call(method: str) -> Any:
@@ -99,10 +100,10 @@ class Process:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def settled(rates: list[float]) -> bool:
-    """Whether the last rates are no higher than those before them."""
-    before, last = rates[-2 * SETTLING : -SETTLING], rates[-SETTLING:]
-    return len(before) == SETTLING and statistics.median(last) < SETTLED * statistics.median(before)
+def settled(rates: list[float], turns: int) -> bool:
+    """Whether the last so many turns' median rate is less than 3 % above that of as many before them."""
+    before, last = rates[-2 * turns : -turns], rates[-turns:]
+    return len(before) == turns and statistics.median(last) < SETTLED * statistics.median(before)
 
 
 def points(recipe: Recipe, size: int | None = None, batch: int | None = None) -> list[tuple[int, int, int]]:
@@ -115,7 +116,7 @@ def measure(job: Job, turns: int) -> dict[str, Any]:
     """Everything about one job, as plain values."""
     with contextlib.ExitStack() as stack:
         sides = [stack.enter_context(Process(kind, job)) for kind in (Classic, Ours)]
-        turns_to_settle = {name: side.ask(Process.settle) for name, side in zip(SIDES, sides, strict=True)}
+        settling = {name: side.ask(Process.settle) for name, side in zip(SIDES, sides, strict=True)}
         rows = [take_turns("views by one core", sides, turns, "views", 1)]
         rows.append(take_turns("training step", sides, turns, "train_steps"))
         rows.append(take_turns("end to end", sides, turns, "end_to_end"))
@@ -125,7 +126,7 @@ def measure(job: Job, turns: int) -> dict[str, Any]:
     gflop = engine.step_gflop(checkpoint.network(job.recipe, CLASSES), job.size)
     tflops = {name: statistics.median(rows[1][name]) * gflop / 1e3 for name in SIDES}
     about = {"size": job.size, "batch": job.batch, "samples_a_turn": job.samples}
-    about["turns_to_settle"] = turns_to_settle
+    about["steps_to_settle"] = settling
     return {**about, "rows": rows, "step_tflops": tflops, "matmul_tflops": product, "peak_memory": memory}
 
 
@@ -154,7 +155,8 @@ def text(point: dict[str, Any]) -> str:
     reached = {side: f"{tflops:.3g} ({tflops / product:.0%})" for side, tflops in point["step_tflops"].items()}
     return "\n".join(f"| {line} |" for line in lines) + (
         f"\n\nTFLOP/s of the step: classic {reached['classic']}, engine {reached['engine']}; of a matrix product in "
-        f"the engine's precision: {product:.3g}. Peak memory: {memory['classic']} and {memory['engine']} GiB."
+        f"the engine's precision: {product:.3g}. Peak memory: {memory['classic']} and {memory['engine']} GiB. "
+        f"Steps to settle: {point['steps_to_settle']['classic']} and {point['steps_to_settle']['engine']}."
     )
 
 

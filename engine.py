@@ -24,7 +24,7 @@ PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # What a training step costs, for a prediction before anything has been measured (see benchmark.py). On a CPU it is two
 # things: convolutions run at the speed of a matrix product, and whatever lies between them waits for memory.
 CPU_GFLOPS = {torch.bfloat16: 240.0, torch.float32: 65.0}  # per core
-# per core and number that a norm gives out: norm and rectifier, forward and backward
+# Per core and number that a norm gives out: norm and rectifier, forward and backward (fp32: on an older processor).
 CPU_NORM_SECONDS = {torch.bfloat16: 1.5e-9, torch.float32: 6e-9}
 CUDA_GFLOPS = {torch.bfloat16: 40_000.0, torch.float32: 10_000.0}  # guesses
 LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # PyTorch reads it at a process's first tensor

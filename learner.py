@@ -75,8 +75,9 @@ class Learner:
         planes = rounded(recipe.planes)
         if machine.device.type != "cpu" or planes == recipe.planes:
             return self.net
+        wider = dataclasses.replace(recipe, planes=planes, budget=NO_LIMIT, cosine_stem=False)  # that has its most
         with torch.device("meta"):
-            twin = checkpoint.network(dataclasses.replace(recipe, planes=planes, budget=NO_LIMIT), classes)
+            twin = checkpoint.network(wider, classes)
         return Aligned(self.net, twin)
 
     @property

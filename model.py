@@ -193,7 +193,8 @@ class WideNet(nn.Module):
     `cosine_filters`, which do not learn, and the further convolutions start as identities on their first channels,
     so that colours and edges are told apart from the first step on (the idea is that of arXiv 2404.00498, where the
     principal directions of the images' patches are taken: of STL-10's views they span the same space to 99 %).
-    `last_pool`: whether the last group, too, halves its maps; without, it costs four times as much and sees more.
+    `last_pool`: whether the last group, too, halves its maps; without, its further convolutions see four times as many
+    pixels, which makes a third more arithmetic in recipe `cpu`.
 
     Takes float images (N, 3, H, W) from 32 px up, normalised; gives logits (N, num_classes).
     Raises ValueError for options out of range, and for smaller inputs.

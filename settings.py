@@ -93,7 +93,7 @@ class Recipe:
     cosine_stem: bool = option(
         "wide: the stem is a cosine transform that does not learn, and further convolutions start as identities", False
     )
-    last_pool: bool = option("wide: halve the last group's maps too; without, it sees more and costs more", True)
+    last_pool: bool = option("wide: halve the last group's maps too; without, they are finer and cost more", True)
 
     optimizer: str = option(
         "optimiser (sgd: Nesterov momentum 0.9; muon: the same, but convolutions by orthogonalised momentum)",
@@ -232,8 +232,8 @@ RECIPES = {
             ),
         ),
         CPU,
-        # The same for an hour of two cores with bf16, or an afternoon of others: maps that stay larger, larger crops,
-        # stronger views, CutMix, four times the samples.
+        # The same for an hour of two cores with bf16, or some eight hours of others: finer maps, larger crops, stronger
+        # views, CutMix, four times the samples.
         dataclasses.replace(
             CPU,
             name="cpu-long",
@@ -243,7 +243,7 @@ RECIPES = {
             last_pool=False,
             average=0.999,
         ),
-        # The same for one modern GPU, where samples are cheap. Not yet run.
+        # That for one modern GPU, where samples are cheap: more of them, more of which are large. Not yet run.
         dataclasses.replace(
             CPU,
             name="gpu",

@@ -47,7 +47,7 @@ CLOCK = ("seconds", "samples_per_second")
 SMALL = "--demo --threads 1 --layers 1 1 1 --planes 4 4 4 --crop-size 32 32 --eval-size 32 32".split()
 RECIPES = {
     "restarts, adam": [*SMALL, "--epochs", "3", "2", "--cycle", "2", "--batch", "64", "32"],
-    "cosine, sgd, averaged": [*SMALL, "--epochs", "2", "2", "--lr", "0.05", "0.02"]
+    "cosine, sgd, averaged": [*SMALL, "--planes", "4", "4", "30", "--epochs", "2", "2", "--lr", "0.05", "0.02"]
     + "--optimizer sgd --schedule cosine --average 0.9 --no-decay-norms --label-smoothing 0.1 --mixup 0.2".split(),
     "cosine, muon, wide": [*SMALL, "--epochs", "2", "2", "--lr", "0.05", "0.02", "--network", "wide"]
     + "--optimizer muon --schedule cosine --average 0.9 --no-decay-norms".split(),

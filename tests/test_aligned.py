@@ -15,9 +15,9 @@ from settings import RECIPES, Stage
 
 PLAIN = Engine(torch.device("cpu"), torch.float32, compile=False)
 NETWORKS = {
-    "bottleneck": {"layers": (1, 2, 1), "planes": (20, 17, 40)},
-    "wide": {"layers": (1, 2, 1), "planes": (20, 17, 40), "kind": "wide", "cosine_stem": True},
-    "wide, without its last pool": {"planes": (16, 24, 20), "kind": "wide", "layers": (1, 1, 1), "last_pool": False},
+    "bottleneck": {"layers": (1, 2, 1), "planes": (30, 17, 60)},
+    "wide": {"layers": (1, 2, 1), "planes": (30, 17, 45), "kind": "wide", "cosine_stem": True},
+    "wide, without its last pool": {"planes": (16, 29, 31), "kind": "wide", "layers": (1, 1, 1), "last_pool": False},
 }
 
 
@@ -26,6 +26,7 @@ def pair(options: dict[str, Any]) -> tuple[torch.nn.Module, torch.nn.Module, Ali
     torch.manual_seed(0)
     net = build_model(**options).double()
     twin = build_model(**options | {"planes": rounded(options["planes"])}).double()
+    assert twin.fc.weight.shape != net.fc.weight.shape
     other = copy.deepcopy(net)
     return net, other, Aligned(other, twin)
 
@@ -54,18 +55,20 @@ def test_only_the_networks_own_weights_are_seen():
     assert {id(b) for b in aligned.buffers()} == {id(b) for b in other.buffers()}
 
 
-def test_widths_are_brought_up_to_cache_lines():
+def test_widths_are_brought_up_to_cache_lines_near_by():
     assert rounded((30, 60, 96)) == (32, 64, 96)
     assert rounded((64, 160, 224)) == (64, 160, 224)
-    assert rounded((1, 15, 17)) == (1, 15, 32)
+    assert rounded((1, 15, 17)) == (1, 15, 17)
+    assert rounded((28, 29, 40)) == (28, 32, 40)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "muon"])
 def test_training_is_that_of_the_plain_network(optimizer: str):
     recipe = dataclasses.replace(
-        RECIPES["original"], layers=(1, 1, 1), planes=(20, 24, 40), zero_init_residual=True, optimizer=optimizer
+        RECIPES["original"], layers=(1, 1, 1), planes=(30, 24, 31), zero_init_residual=True, optimizer=optimizer
     )
-    stage = Stage(epochs=1, crop_size=(32,), eval_size=32, batch=8, lr=1e-3)
+    lr = 0.1 if optimizer in ("sgd", "muon") else 1e-3
+    stage = Stage(epochs=1, crop_size=(32,), eval_size=32, batch=8, lr=lr)
     generator = torch.Generator().manual_seed(0)
     images = (F.interpolate(torch.rand(40, 3, 6, 6, generator=generator), size=96, mode="bilinear") * 255).byte()
     labels = torch.randint(10, (40,), generator=generator)
@@ -79,6 +82,12 @@ def test_training_is_that_of_the_plain_network(optimizer: str):
         learner.begin(stage, len(images))
         losses.append(learner.train_epoch(images, labels, draws, stage, 32, lambda: None).losses)
     torch.testing.assert_close(*losses, atol=1e-4, rtol=1e-4)
+
+
+def test_the_stem_with_most_filters_has_a_twin_too():
+    """The wider twin's would have more than there are."""
+    recipe = dataclasses.replace(RECIPES["cpu"], layers=(1, 1, 1), planes=(193, 32, 32))
+    assert isinstance(Learner(recipe, 10, PLAIN)._net, Aligned)
 
 
 @pytest.mark.parametrize("network", [{"planes": (8, 8, 8)}, {"planes": (16, 32, 48)}])

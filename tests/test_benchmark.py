@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import types
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ def point(size: int, classic: list[float], ours: list[float]) -> dict:
         "rows": [row] * 4,
         "step_tflops": {"classic": 0.05, "engine": 0.4},
         "matmul_tflops": 0.8,
+        "steps_to_settle": {"classic": 64, "engine": 32},
         "peak_memory": {"classic": 2**30, "engine": 3 * 2**29},
     }
 
@@ -103,18 +105,22 @@ def test_sides_take_turns_and_the_first_does_not_count():
         ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 9.0], False),
         ([1.0, 1.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.2, 9.2, 1.0], True),
         ([9.0] * 5 + [8.0] * 5, True),
+        ([1.0] * 5 + [1.02] * 5, True),
+        ([1.0] * 5 + [1.04] * 5, False),
     ],
 )
 def test_a_side_has_settled_when_it_gets_no_faster(rates, settled):
-    assert benchmark.settled(rates) is settled
+    assert benchmark.settled(rates, 5) is settled
 
 
-def test_settling_ends_though_it_never_settles(monkeypatch):
+@pytest.mark.parametrize("steps, least", [(1, 32), (2, 32), (5, 40), (100, 200)])
+def test_settling_takes_steps_enough_and_ends_though_it_never_settles(steps, least, monkeypatch):
+    monkeypatch.setattr(benchmark.Process, "_side", types.SimpleNamespace(job=job(steps=steps)), raising=False)
+    monkeypatch.setattr(benchmark.Process, "seconds", lambda method: 1.0)
+    assert benchmark.Process.settle() == least
     times = iter([1 / (1.1**n) for n in range(1000)])
     monkeypatch.setattr(benchmark.Process, "seconds", lambda method: next(times))
-    assert benchmark.Process.settle() == benchmark.LONGEST_SETTLING
-    monkeypatch.setattr(benchmark.Process, "seconds", lambda method: 1.0)
-    assert benchmark.Process.settle() == 2 * benchmark.SETTLING
+    assert 320 <= benchmark.Process.settle() < 320 + steps
 
 
 def test_a_row_shows_medians_and_the_spread_of_the_ratios():
@@ -127,6 +133,7 @@ def test_the_table_is_markdown_with_arithmetic_and_memory():
     assert [line.count("|") for line in lines[:6]] == [5] * 6 and lines[6] == ""
     assert lines[0] == "| 70 px, batch 8 | classic, images/s | engine, images/s | times faster |"
     assert "classic 0.05 (6%), engine 0.4 (50%)" in lines[7] and "1.00 and 1.50 GiB" in lines[7]
+    assert lines[7].endswith("Steps to settle: 64 and 32.")
 
 
 def test_a_forecast_is_samples_over_the_end_to_end_rates():

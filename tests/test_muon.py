@@ -2,7 +2,12 @@ import pytest
 import torch
 from torch import nn
 
+import muon
+from augment import COLUMNS
+from engine import Engine
+from learner import Learner
 from muon import Muon, orthogonalise
+from settings import RECIPES, Stage
 
 
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6), (5, 5)])
@@ -15,6 +20,24 @@ def test_orthogonalise_moves_singular_values_only(shape):
     expected = u @ torch.diag(s) @ v
     torch.testing.assert_close(orthogonalise(matrix).double(), expected, atol=1e-5, rtol=0)
     assert s.max() < 1.3 and s.median() > 0.5
+
+
+def test_orthogonalise_needs_few_digits():
+    matrix = torch.randn(24, 200, generator=torch.Generator().manual_seed(0))
+    exact, rough = orthogonalise(matrix), orthogonalise(matrix, torch.bfloat16)
+    assert rough.dtype == torch.float32 and not torch.equal(rough, exact)
+    assert (rough - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_products_are_in_the_machines_precision(precision: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    monkeypatch.setattr(muon, "orthogonalise", lambda matrix, precision: seen.append(precision) or matrix)
+    stage = Stage(epochs=1, crop_size=(32,), eval_size=32, batch=4, lr=0.1)
+    learner = Learner(RECIPES["cpu"], 10, Engine(torch.device("cpu"), precision, compile=False))
+    learner.begin(stage, 4)
+    learner._step(torch.randn(4, 3, 32, 32), torch.arange(4), torch.ones(4), torch.zeros(4, COLUMNS))
+    assert seen == [precision] * 9
 
 
 def test_nothing_comes_of_nothing():
