@@ -26,7 +26,7 @@ def test_orthogonalise_needs_few_digits():
     matrix = torch.randn(24, 200, generator=torch.Generator().manual_seed(0))
     exact, rough = orthogonalise(matrix), orthogonalise(matrix, torch.bfloat16)
     assert rough.dtype == torch.float32 and not torch.equal(rough, exact)
-    assert (rough - exact).norm() < 0.02 * exact.norm()
+    assert (rough - exact).norm() < 0.03 * exact.norm()
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
