@@ -17,9 +17,11 @@ WORTH = 1 / 8  # of a width: to add more costs more arithmetic than is gained
 
 def rounded(planes: tuple[int, ...]) -> tuple[int, ...]:
     """The widths, each brought up to whole cache lines where that is near; widths of less than one line stay."""
-    lines = [math.ceil(width / CHANNELS) * CHANNELS for width in planes]
-    near = [CHANNELS <= width and line - width <= WORTH * width for width, line in zip(planes, lines, strict=True)]
-    return tuple(line if close else width for width, line, close in zip(planes, lines, near, strict=True))
+    lines = (math.ceil(width / CHANNELS) * CHANNELS for width in planes)
+    return tuple(
+        line if CHANNELS <= width and line - width <= WORTH * width else width
+        for width, line in zip(planes, lines, strict=True)
+    )
 
 
 class Aligned(nn.Module):
@@ -39,7 +41,7 @@ class Aligned(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, K) of normalised images (N, 3, H, W)."""
-        own = dict(self.net.named_parameters()) | dict(self.net.named_buffers())
+        own = self.net.state_dict(keep_vars=True)
         wide = {name: _padded(value, self._shapes[name]) for name, value in own.items()}
         logits = torch.func.functional_call(self._twin[0], wide, (x,))
         with torch.no_grad():

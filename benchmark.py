@@ -125,8 +125,7 @@ def measure(job: Job, turns: int) -> dict[str, Any]:
         product = sides[1].ask(Process.call, "matmul_tflops")
     gflop = engine.step_gflop(checkpoint.network(job.recipe, CLASSES), job.size)
     tflops = {name: statistics.median(rows[1][name]) * gflop / 1e3 for name in SIDES}
-    about = {"size": job.size, "batch": job.batch, "samples_a_turn": job.samples}
-    about["steps_to_settle"] = settling
+    about = {"size": job.size, "batch": job.batch, "samples_a_turn": job.samples, "steps_to_settle": settling}
     return {**about, "rows": rows, "step_tflops": tflops, "matmul_tflops": product, "peak_memory": memory}
 
 

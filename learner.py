@@ -75,7 +75,8 @@ class Learner:
         planes = rounded(recipe.planes)
         if machine.device.type != "cpu" or planes == recipe.planes:
             return self.net
-        wider = dataclasses.replace(recipe, planes=planes, budget=NO_LIMIT, cosine_stem=False)  # that has its most
+        # Its weights are not used: a cosine stem, which may not have as many filters, has the shapes of any other.
+        wider = dataclasses.replace(recipe, planes=planes, budget=NO_LIMIT, cosine_stem=False)
         with torch.device("meta"):
             twin = checkpoint.network(wider, classes)
         return Aligned(self.net, twin)
