@@ -17,7 +17,6 @@ import contextlib
 import json
 import math
 import multiprocessing
-import resource
 import statistics
 import sys
 from collections.abc import Callable
@@ -94,9 +93,16 @@ class Process:
 
     @staticmethod
     def peak_memory() -> int:
-        """Most bytes held so far: on CUDA the GPU's tensors, else the process's memory, loader workers left out."""
+        """Most bytes held so far: on CUDA the GPU's tensors, else the process's memory, loader workers left out.
+
+        0 on Windows, which has no such count.
+        """
         if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
             return torch.cuda.max_memory_allocated()
+        try:
+            import resource
+        except ImportError:
+            return 0
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

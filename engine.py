@@ -144,7 +144,7 @@ def start(runtime: Runtime) -> Engine:
 def choose_device(name: str) -> torch.device:
     """The device of that name; `auto` takes CUDA where there is any. Raises RunError where there is none such."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -153,7 +153,7 @@ def choose_device(name: str) -> torch.device:
         raise RunError(f"--device {name} is not supported; use cpu or cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise RunError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; use --device cpu")
-    return device
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def _has_native_bf16(device: torch.device) -> bool:

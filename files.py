@@ -1,12 +1,16 @@
 """Files that are either whole or not there at all, and folders that one process at a time fills."""
 
 import contextlib
-import fcntl
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
+
 from errors import RunError
+
+LOCK_FILE = ".lock"
 
 
 @contextlib.contextmanager
@@ -19,7 +23,7 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:  # Windows synchronises writable handles only
             os.fsync(file.fileno())  # or a power cut could leave the new name with none of the content
         if keep is not None and path.exists():
             os.replace(path, keep)
@@ -50,20 +54,21 @@ def make_folder(path: Path) -> None:
 def held(folder: Path, *, wait: bool) -> Iterator[Path]:
     """Create `folder` where it is missing and hold it for this process alone; another one waits, or is refused.
 
-    The system lets go of it however the process ends. Raises RunError where it cannot be created, opened or had.
+    The operating system releases the lock however the process ends. Where the file system has no locks, the folder is
+    used without one. Raises RunError where the folder cannot be created or written, or is in use.
     """
     make_folder(folder)
+    lock = filelock.FileLock(folder / LOCK_FILE, timeout=-1 if wait else 0)
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise RunError(f"cannot open {folder}: {error.strerror}; choose another folder") from error
+        lock.acquire()
+    except filelock.Timeout:
+        raise RunError(f"another run is using {folder}; wait for it or choose another with --out") from None
+    except PermissionError as error:
+        raise RunError(f"cannot write in {folder}: {error.strerror}; choose another folder") from error
+    except (OSError, NotImplementedError) as error:
+        if getattr(error, "errno", None) == errno.EROFS:
+            raise RunError(f"cannot write in {folder}: {error.strerror}; choose another folder") from error
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"another run is using {folder}; wait for it or choose another with --out") from None
-        except OSError:
-            pass  # a file system without locks
         yield folder
     finally:
-        os.close(descriptor)
+        lock.release()

@@ -6,10 +6,23 @@ and val_accuracy (accuracies 0 … 1; None where an epoch was not scored). Sizes
 of Okabe and Ito, which colour-blind people tell apart. pyplot, with its global state, is not used.
 """
 
+import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+
+# A notebook's kernel names a backend for all that it starts, which need not be installed where this runs: matplotlib
+# would then refuse to be imported. No plot here needs one, so it is offered to matplotlib afterwards.
+_backend = os.environ.pop("MPLBACKEND", None)
+import matplotlib  # noqa: E402
+
+if _backend is not None:
+    os.environ["MPLBACKEND"] = _backend
+    with contextlib.suppress(ValueError):
+        matplotlib.rcParams["backend"] = _backend
+
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure

@@ -1,6 +1,7 @@
 """What a run leaves behind: configuration, one row an epoch, checkpoints, plots and a summary."""
 
 import csv
+import importlib.metadata
 import io
 import json
 import platform
@@ -12,10 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy
 import torch
-import torchvision
 
 import checkpoint
 import plots
@@ -115,7 +113,7 @@ class Record:
             **engine.as_dict(),
             "versions": {
                 "python": platform.python_version(),
-                **{module.__name__: module.__version__ for module in (torch, torchvision, numpy, matplotlib)},
+                **{name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy", "matplotlib")},
             },
             "git": _revision(),
         }

@@ -17,6 +17,14 @@ def stl10_dir() -> Path:
     return Path(os.environ["STL10_DIR"])
 
 
+@pytest.fixture
+def emulated_card() -> str:
+    """The program that runs a Python on an emulated CUDA device; the test is skipped where there is none."""
+    if "FAKECUDA" not in os.environ:
+        pytest.skip("needs an emulated CUDA device: set FAKECUDA to the program that starts Python with one")
+    return os.environ["FAKECUDA"]
+
+
 def shrink_demo(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(demo, "IMAGES_PER_CLASS", {"train": 20, "test": 5})
 

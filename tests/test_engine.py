@@ -2,7 +2,6 @@ import dataclasses
 import functools
 import os
 import shutil
-import types
 from collections.abc import Callable
 
 import pytest
@@ -278,42 +277,3 @@ def test_compile_needs_a_compiler(restored, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(RunError, match="C\\+\\+ compiler"):
         engine.start(Runtime(device="cpu", compile=True))
-
-
-@pytest.fixture
-def one_gpu(monkeypatch) -> Callable[..., None]:
-    """Lets the engine see one CUDA device, of given abilities."""
-
-    def see(bf16: bool = True, capability: tuple[int, int] = (9, 0)) -> None:
-        for name, value in {
-            "is_available": lambda: True,
-            "device_count": lambda: 1,
-            "set_device": lambda device: None,
-            "is_bf16_supported": lambda including_emulation: bf16,
-            "get_device_capability": lambda device: capability,
-        }.items():
-            monkeypatch.setattr(torch.cuda, name, value)
-        monkeypatch.setattr(torch.backends, "cudnn", types.SimpleNamespace())
-        monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
-        monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: object())
-        monkeypatch.setattr(shutil, "which", lambda name: name)
-
-    return see
-
-
-def test_on_cuda_steps_are_compiled_unless_the_user_or_the_machine_says_no(one_gpu):
-    one_gpu()
-    assert engine.start(Runtime()) == Engine(torch.device("cuda"), torch.bfloat16, compile=True)
-    assert torch.backends.cudnn.benchmark and torch.backends.cudnn.allow_tf32
-    assert not engine.start(Runtime(compile=False)).compile
-    one_gpu(capability=(6, 1))
-    assert not engine.start(Runtime()).compile
-    with pytest.raises(RunError, match="Triton"):
-        engine.start(Runtime(compile=True))
-
-
-def test_a_gpu_without_bf16_trains_in_float32(one_gpu):
-    one_gpu(bf16=False)
-    assert engine.start(Runtime()).precision is torch.float32
-    with pytest.raises(RunError, match="--precision fp32"):
-        engine.start(Runtime(precision="bf16"))

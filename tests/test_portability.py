@@ -1,0 +1,76 @@
+"""Machines that are not a bare Linux shell without a GPU: an emulated CUDA device, a notebook's kernel, Windows."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data import FOLDER
+
+PROJECT = Path(__file__).parents[1]
+COMMANDS = ("train", "evaluate", "predict", "export", "compare", "benchmark")
+TINY = "--demo --epochs 2 1 --crop-size 32 32 --eval-size 32 40 --batch 32 32 --planes 4 4 8 --threads 1".split()
+CLOCKS = ("seconds", "samples_per_second")
+# Python without the modules that only POSIX systems have, running the script that is named next
+WITHOUT_POSIX = """
+import runpy, sys
+for name in ("fcntl", "resource", "pwd", "grp", "termios", "tty"):
+    sys.modules[name] = None
+sys.argv = sys.argv[1:]
+sys.path.insert(0, "")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def python(*arguments: object, program: str = "", **environment: str) -> subprocess.CompletedProcess:
+    """Run Python in the project's folder, by `program` where one is given."""
+    command = [*([program] if program else []), sys.executable, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with open(run / "metrics.csv", newline="") as file:
+        return [{key: value for key, value in row.items() if key not in CLOCKS} for row in csv.DictReader(file)]
+
+
+def test_a_card_s_rows_are_the_cpu_s_in_every_digit(emulated_card: str, tmp_path: Path):
+    flags = [*TINY, "--precision", "fp32", "--no-compile", "--data-dir", tmp_path]
+    for name, program in (("cpu", ""), ("card", emulated_card)):
+        done = python("train.py", *flags, "--out", tmp_path / name, program=program)
+        assert done.returncode == 0, done.stderr
+    assert "Emulated" in done.stdout or "cuda" in (tmp_path / "card" / "config.json").read_text()
+    assert rows(tmp_path / "card") == rows(tmp_path / "cpu") != []
+
+
+@pytest.mark.parametrize(
+    "capability, precision, compiled",
+    [("90", "torch.bfloat16", True), ("75", "torch.float32", True), ("61", "torch.float32", False)],
+)
+def test_a_card_s_generation_decides_precision_and_compilation(
+    emulated_card: str, capability: str, precision: str, compiled: bool
+):
+    code = "import engine; m = engine.start(engine.Runtime()); print(m.device, m.precision, m.compile)"
+    done = python("-c", code, program=emulated_card, FAKE_CUDA_CAPABILITY=capability)
+    assert done.stdout.split() == ["cuda:0", precision, str(compiled)], done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_starts_where_a_notebook_names_a_backend_that_is_not_installed(command: str):
+    done = python(f"{command}.py", "--help", MPLBACKEND="module://not_installed_here.backend_inline")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_starts_without_the_modules_of_posix(command: str):
+    done = python("-c", WITHOUT_POSIX, f"{command}.py", "--help")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_run_goes_from_drawing_to_plots_without_the_modules_of_posix(tmp_path: Path):
+    done = python("-c", WITHOUT_POSIX, "train.py", *TINY, "--data-dir", tmp_path, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "accuracy.png").exists() and (tmp_path / "demo" / FOLDER).exists()
