@@ -1,15 +1,15 @@
 """Random views of images, batched on the device, every sample with its own parameters.
 
-All randomness of an epoch is drawn once, on the CPU (`draw`). Everything else here is a pure function of images and
+All randomness of an epoch is drawn once, on the CPU (`draw_epoch`). Everything else is a pure function of images and
 those draws: the same draws give the same views on every device and in every batch, and a resumed run has no random
 state to restore. Nothing waits for the device: no constant is copied to it and no value is read back.
 
-A training batch goes through `view`, `normalise`, `erase` and `mix`, in this order.
+`make_batch` is what a training step takes: views, normalised, erased and mixed, in this order.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import permutations
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# CIFAR-100's published figures, as in the original; STL-10's are (0.447, 0.440, 0.407) and (0.260, 0.257, 0.271).
 MEAN = (0.507, 0.487, 0.441)
 STD = (0.267, 0.256, 0.276)
 
@@ -40,7 +41,7 @@ COLOUR_ORDERS = tuple(permutations(range(4)))  # of brightness 0, contrast 1, sa
 
 
 @dataclass(frozen=True)
-class Views:
+class ViewOptions:
     """Options of the views; the defaults are the original's. Raises ValueError where one is out of range."""
 
     crop_scale: tuple[float, float] = field(
@@ -62,6 +63,11 @@ class Views:
     cutmix: float = field(default=0.0, metadata={"help": "alpha of CutMix's Beta(alpha, alpha), 0 off"})
     mix_probability: float = field(default=1.0, metadata={"help": "share of the samples that are mixed, 0 to 1"})
 
+    @property
+    def mixes(self) -> bool:
+        """Whether samples are mixed with others."""
+        return bool(self.mixup or self.cutmix)
+
     def __post_init__(self) -> None:
         for name in ("crop_scale", "crop_ratio"):
             limits = getattr(self, name)
@@ -80,17 +86,17 @@ class Views:
 
 
 @dataclass(frozen=True)
-class Draws:
+class EpochDraws:
     """Everything random about an epoch of n samples."""
 
     order: Tensor  # int64 (n,): which image each sample shows
     uniforms: Tensor  # float32 (n, COLUMNS) in [0, 1)
-    mix: Tensor  # float32 (n,) in [0, 1]: share of the sample's own image when mixed; 1 = unmixed
-    colour_orders: list[tuple[int, int, int, int]]  # one a batch, known to the host; see COLOUR_ORDERS
+    own_share: Tensor  # float32 (n,) in [0, 1]: share of the sample's own image when mixed; 1 = unmixed
+    colour_orders: list[tuple[int, int, int, int]]  # one per batch, known to the host; see COLOUR_ORDERS
 
-    def to(self, device: torch.device | str) -> "Draws":
+    def to(self, device: torch.device | str) -> "EpochDraws":
         """The same draws with their tensors on `device`."""
-        return replace(self, order=self.order.to(device), uniforms=self.uniforms.to(device), mix=self.mix.to(device))
+        return EpochDraws(*(x.to(device) for x in (self.order, self.uniforms, self.own_share)), self.colour_orders)
 
 
 class ViewParameters(NamedTuple):
@@ -109,7 +115,9 @@ class ViewParameters(NamedTuple):
     hue: Tensor  # shift in turns, -0.5 to 0.5
 
 
-def draw(indices: Tensor, views_per_image: int, batch: int, views: Views, seed: Sequence[int]) -> Draws:
+def draw_epoch(
+    indices: Tensor, views_per_image: int, batch: int, options: ViewOptions, seed: Sequence[int]
+) -> EpochDraws:
     """Draw an epoch: `views_per_image` views of each image in `indices` (int64), shuffled, in batches of `batch`.
 
     `seed` holds non-negative integers, in training (seed, stage, epoch); equal arguments give equal draws, on the CPU.
@@ -120,35 +128,35 @@ def draw(indices: Tensor, views_per_image: int, batch: int, views: Views, seed: 
     uniforms = rng.random((n, COLUMNS), dtype=np.float32)
     colour_orders = [COLOUR_ORDERS[i] for i in rng.integers(len(COLOUR_ORDERS), size=math.ceil(n / batch))]
     share = np.ones(n, np.float32)
-    if views.mixup or views.cutmix:
-        alpha = np.where(uniforms[:, MIX_KIND] < _cutmix_odds(views), views.cutmix, views.mixup)
-        share = np.where(rng.random(n) < views.mix_probability, rng.beta(alpha, alpha), 1).astype(np.float32)
-    return Draws(torch.from_numpy(order), torch.from_numpy(uniforms), torch.from_numpy(share), colour_orders)
+    if options.mixes:
+        alpha = np.where(uniforms[:, MIX_KIND] < _cutmix_odds(options), options.cutmix, options.mixup)
+        share = np.where(rng.random(n) < options.mix_probability, rng.beta(alpha, alpha), 1).astype(np.float32)
+    return EpochDraws(torch.from_numpy(order), torch.from_numpy(uniforms), torch.from_numpy(share), colour_orders)
 
 
-def _cutmix_odds(views: Views) -> float:
+def _cutmix_odds(options: ViewOptions) -> float:
     """Probability that a mixed sample takes CutMix rather than Mixup."""
-    return (views.cutmix > 0) / max(1, (views.cutmix > 0) + (views.mixup > 0))
+    return (options.cutmix > 0) / max(1, (options.cutmix > 0) + (options.mixup > 0))
 
 
-def view_parameters(uniforms: Tensor, height: int, width: int, views: Views) -> ViewParameters:
+def view_parameters(uniforms: Tensor, height: int, width: int, options: ViewOptions) -> ViewParameters:
     """Turn uniforms (B, COLUMNS) into the parameters of views of images of height × width pixels.
 
     Distributions as in torchvision's RandomRotation, RandomResizedCrop, RandomHorizontalFlip and ColorJitter.
     """
     brightness, contrast, saturation = (
         _between(max(0.0, 1 - strength), 1 + strength, uniforms[:, column])
-        for strength, column in zip((views.brightness, views.contrast, views.saturation), FACTORS, strict=True)
+        for strength, column in zip((options.brightness, options.contrast, options.saturation), FACTORS, strict=True)
     )
     return ViewParameters(
-        _between(-views.rotation, views.rotation, uniforms[:, ANGLE]),
-        *_crop(uniforms, height, width, views),
-        uniforms[:, HFLIP] < views.hflip,
-        uniforms[:, VFLIP] < views.vflip,
+        _between(-options.rotation, options.rotation, uniforms[:, ANGLE]),
+        *_crop(uniforms, height, width, options),
+        uniforms[:, HFLIP] < options.hflip,
+        uniforms[:, VFLIP] < options.vflip,
         brightness,
         contrast,
         saturation,
-        _between(-views.hue, views.hue, uniforms[:, HUE]),
+        _between(-options.hue, options.hue, uniforms[:, HUE]),
     )
 
 
@@ -156,14 +164,14 @@ def _between(low: float, high: float, uniform: Tensor) -> Tensor:
     return uniform * (high - low) + low
 
 
-def _crop(uniforms: Tensor, height: int, width: int, views: Views) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _crop(uniforms: Tensor, height: int, width: int, options: ViewOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Top, left, height and width of the crops, as RandomResizedCrop.get_params draws them.
 
     Of ten tries at an area and a ratio the first that fits counts; if none does, it is the largest central crop
     of an allowed ratio.
     """
-    area = _between(*views.crop_scale, uniforms[:, CROP_AREA]) * (height * width)
-    low, high = views.crop_ratio
+    area = _between(*options.crop_scale, uniforms[:, CROP_AREA]) * (height * width)
+    low, high = options.crop_ratio
     ratio = torch.exp(_between(math.log(low), math.log(high), uniforms[:, CROP_RATIO]))
     widths, heights = torch.sqrt(area * ratio).round_(), torch.sqrt(area / ratio).round_()
     fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)
@@ -180,7 +188,7 @@ def _crop(uniforms: Tensor, height: int, width: int, views: Views) -> tuple[Tens
 
 
 @torch.no_grad()
-def view(images: Tensor, uniforms: Tensor, colour_order: Sequence[int], size: int, views: Views) -> Tensor:
+def augment(images: Tensor, uniforms: Tensor, colour_order: Sequence[int], size: int, options: ViewOptions) -> Tensor:
     """Random views of uint8 images (B, 3, H, W): float32 (B, 3, size, size) in [0, 1].
 
     Rotation about the centre with black outside, crop and both flips in one bilinear sampling without antialiasing;
@@ -189,14 +197,14 @@ def view(images: Tensor, uniforms: Tensor, colour_order: Sequence[int], size: in
     rows = max(1, CACHED_PIXELS // size**2)
     if images.device.type == "cpu" and len(images) > rows:
         parts = zip(images.split(rows), uniforms.split(rows), strict=True)
-        return torch.cat([view(*part, colour_order, size, views) for part in parts])
-    p = view_parameters(uniforms, *images.shape[-2:], views)
-    x = _sample(images, p, size, rotated=views.rotation > 0)
+        return torch.cat([augment(*part, colour_order, size, options) for part in parts])
+    p = view_parameters(uniforms, *images.shape[-2:], options)
+    x = _sample(images, p, size, rotated=options.rotation > 0)
     operations = (
-        (_adjust_brightness, views.brightness, p.brightness),
-        (_adjust_contrast, views.contrast, p.contrast),
-        (_adjust_saturation, views.saturation, p.saturation),
-        (_adjust_hue, views.hue, p.hue),
+        (_adjust_brightness, options.brightness, p.brightness),
+        (_adjust_contrast, options.contrast, p.contrast),
+        (_adjust_saturation, options.saturation, p.saturation),
+        (_adjust_hue, options.hue, p.hue),
     )
     for operation, strength, parameter in (operations[i] for i in colour_order):
         if strength:
@@ -279,11 +287,17 @@ def _adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 @torch.no_grad()
 def normalise(x: Tensor, inplace: bool = False) -> Tensor:
-    """Float images (B, 3, H, W) in [0, 1] less the training images' mean, over their standard deviation, a channel."""
+    """Float images (B, 3, H, W) in [0, 1] less MEAN, over STD, channel by channel."""
     x = x if inplace else x.clone()
     for channel, mean, std in zip(x.unbind(1), MEAN, STD, strict=True):
         channel.sub_(mean).mul_(1 / std)
     return x
+
+
+def denormalise(x: Tensor) -> Tensor:
+    """The inverse of `normalise`, up to rounding."""
+    mean, std = (x.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return x * std + mean
 
 
 def _square(row: Tensor, column: Tensor, side: int | Tensor, size: int) -> Tensor:
@@ -298,29 +312,57 @@ def _square(row: Tensor, column: Tensor, side: int | Tensor, size: int) -> Tenso
 
 
 @torch.no_grad()
-def erase(x: Tensor, uniforms: Tensor, views: Views) -> Tensor:
+def erase(x: Tensor, uniforms: Tensor, options: ViewOptions) -> Tensor:
     """Normalised views (B, 3, s, s), a square patch of some set to 0, the mean (cutout, arXiv 1708.04552)."""
-    if not views.erase:
+    if not options.erase:
         return x
     size = x.shape[-1]
-    patch = _square(uniforms[:, ERASE_ROW], uniforms[:, ERASE_COLUMN], round(views.erase_size * size), size)
-    return x.masked_fill(patch & (uniforms[:, ERASE] < views.erase).view(-1, 1, 1, 1), 0)
+    patch = _square(uniforms[:, ERASE_ROW], uniforms[:, ERASE_COLUMN], round(options.erase_size * size), size)
+    return x.masked_fill(patch & (uniforms[:, ERASE] < options.erase).view(-1, 1, 1, 1), 0)
 
 
 @torch.no_grad()
-def mix(x: Tensor, labels: Tensor, lam: Tensor, uniforms: Tensor, views: Views) -> tuple[Tensor, Tensor, Tensor]:
-    """Mix each of the views (B, 3, s, s) with its neighbour in the batch; `lam` (B,) are the batch's `Draws.mix`.
+def mix(
+    x: Tensor, labels: Tensor, own_share: Tensor, uniforms: Tensor, options: ViewOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mix each of the views (B, 3, s, s) with its neighbour in the batch; `own_share` (B,) is of the batch's draws.
 
     Returns the mixed views, the neighbours' labels and the share (B,) of each sample's own image in its view, so that
     the loss is share · loss(labels) + (1 - share) · loss(other labels).
-    Mixup (arXiv 1710.09412) blends; CutMix (arXiv 1905.04899) pastes a box of area 1 - lam, clipped at the edges.
+    Mixup (arXiv 1710.09412) blends; CutMix (arXiv 1905.04899) pastes a box of area 1 - own_share, clipped at the edges.
     """
-    if not (views.mixup or views.cutmix):
-        return x, labels, torch.ones_like(lam)
+    if not options.mixes:
+        return x, labels, torch.ones_like(own_share)
     size = x.shape[-1]
-    own = lam.view(-1, 1, 1, 1)
-    if views.cutmix:
-        box = _square(uniforms[:, MIX_ROW], uniforms[:, MIX_COLUMN], ((1 - lam).sqrt() * size).floor_()[:, None], size)
-        cut = uniforms[:, MIX_KIND] < _cutmix_odds(views)
+    own = own_share.view(-1, 1, 1, 1)
+    if options.cutmix:
+        box = _square(
+            uniforms[:, MIX_ROW], uniforms[:, MIX_COLUMN], ((1 - own_share).sqrt() * size).floor_()[:, None], size
+        )
+        cut = uniforms[:, MIX_KIND] < _cutmix_odds(options)
         own = torch.where(cut.view(-1, 1, 1, 1), 1 - box.float(), own)
     return torch.lerp(x.roll(1, 0), x, own), labels.roll(1), own.mean(dim=(1, 2, 3))
+
+
+class Batch(NamedTuple):
+    """What a training step takes: normalised views and what they show, each possibly mixed from two images."""
+
+    x: Tensor  # float32 (B, 3, s, s)
+    labels: Tensor  # int64 (B,)
+    other_labels: Tensor  # int64 (B,), of the image mixed in
+    own_share: Tensor  # float32 (B,) in [0, 1]: how much of the view is the label's
+
+
+def make_batch(
+    images: Tensor, labels: Tensor, draws: EpochDraws, step: int, rows: slice, size: int, options: ViewOptions
+) -> Batch:
+    """The samples `rows` of an epoch's draws, which belong to its step `step`, as a batch of `size` px.
+
+    All of uint8 images (N, 3, H, W), labels int64 (N,) and the draws lie on one device.
+    """
+    index, uniforms = draws.order[rows], draws.uniforms[rows]
+    x = augment(images.index_select(0, index), uniforms, draws.colour_orders[step], size, options)
+    x = erase(normalise(x, inplace=True), uniforms, options)
+    labels = labels[index]
+    x, other_labels, own_share = mix(x, labels, draws.own_share[rows], uniforms, options)
+    return Batch(x, labels, other_labels, own_share)

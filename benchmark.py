@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""The classic way and this project's engine side by side: images a second, arithmetic, memory and a forecast.
+"""The usual way and this project's side by side: images a second, arithmetic, memory and a forecast.
 
     python3 benchmark.py                                 # the original recipe's two stages, on drawn pictures
     python3 benchmark.py --recipe cpu --data-dir data    # another recipe's, on the real ones
     python3 benchmark.py --size 96 --batch 256 --json speed.json
 
-Classic is what a careful user writes: torchvision's transforms on one PIL image at a time, in as many persistent
+Baseline is what a careful user writes: torchvision's transforms on one PIL image at a time, in as many persistent
 DataLoader workers as there are cores, float32 NCHW steps, and `.item()` at each of them. Each side has a process of its
 own, trains there until it gets no faster, and then both take turns, so that whatever else the machine does hits both
 alike. Rates are medians over the turns; the ratio is the median of those of neighbouring turns, with the lowest and the
@@ -26,28 +26,73 @@ from typing import Any
 
 import torch
 
-import checkpoint
-import engine
-import errors
-import files
-from commands import whole_number
-from record import duration
-from settings import RECIPES, Recipe, Runtime
-from sides import CLASSES, CORES, Classic, Job, Ours, load, timed
+from augment import Batch, EpochDraws, draw_epoch, make_batch
+from harness import cost, errors, files, scoring
+from harness.baseline import CLASSES, CORES, Baseline, Job, load, timed
+from harness.cli import MACHINE_FLAGS, Runtime, add_flags, machine_settings, whole_number
+from harness.machine import start_machine
+from harness.text import duration
+from recipes import RECIPES, Recipe, Stage, build_network
+from train import Trainer
 
 TRAIN_IMAGES = 4_000  # of STL-10's 5,000; what a forecast is for
-SIDES = ("classic", "engine")
+SIDES = ("usual", "this project")
 SETTLING = 16  # steps whose median rate is compared with that of as many before
 SETTLED = 1.03  # times the rate before: less is no faster
 LONGEST_SETTLING = 20 * SETTLING
 
 
+class ThisProject:
+    """This project's way, by the very code that `train.py` runs; the methods are those of `Baseline`."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.machine = job, start_machine(job.runtime)
+        self.images, self.labels = (part.to(self.machine.device) for part in load(job.data_dir))
+        self.trainer = Trainer(job.recipe, CLASSES, self.machine)
+        self.stage = Stage(1, (job.size,), job.eval_size, job.batch, 1e-3)
+        self.trainer.begin_stage(self.stage, len(self.images))
+        self.index = torch.arange(job.samples) % len(self.images)
+        self.draws = self._draw()
+        self.batch = self._batch(0)
+
+    def _draw(self) -> EpochDraws:
+        return draw_epoch(self.index, 1, self.job.batch, self.job.recipe.augmentation, (0,)).to(self.machine.device)
+
+    def _batch(self, step: int) -> Batch:
+        job, rows = self.job, self.machine.share_of_batch(step, self.job.batch)
+        return make_batch(self.images, self.labels, self.draws, step, rows, job.size, job.recipe.augmentation)
+
+    def views(self) -> None:
+        for step in range(self.job.steps):
+            self._batch(step)
+
+    def train_steps(self) -> None:
+        self.trainer.net.train()
+        for _ in range(self.job.steps):
+            self.trainer.step(self.batch)
+
+    def end_to_end(self) -> None:
+        draws, size = self._draw(), self.job.size
+        self.trainer.train_epoch(self.images, self.labels, draws, self.stage, size, tick=lambda: None)
+
+    def score(self) -> None:
+        images = self.images[self.index.to(self.machine.device)]
+        scoring.logits(self.trainer.eval_model, images, self.job.eval_size, precision=self.machine.precision)
+
+    def matmul_tflops(self) -> float:
+        """What the machine reaches in a large product of square matrices in this precision: the median of nine."""
+        side = 8192 if self.machine.device.type == "cuda" else 2048
+        a, b = torch.randn(2, side, side, device=self.machine.device).to(self.machine.precision)
+        torch.mm(a, b)
+        return 2 * side**3 / statistics.median(timed(lambda: torch.mm(a, b)) for _ in range(9)) / 1e12
+
+
 class Process:
     """A side in a process of its own, which ends with the context."""
 
-    _side: Classic | Ours  # in that process only
+    _side: Baseline | ThisProject  # in that process only
 
-    def __init__(self, kind: type[Classic] | type[Ours], job: Job) -> None:
+    def __init__(self, kind: type[Baseline] | type[ThisProject], job: Job) -> None:
         self.samples = job.samples
         self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), Process._begin, (kind, job))
 
@@ -62,7 +107,7 @@ class Process:
         return self.pool.submit(question, *arguments).result()
 
     @staticmethod
-    def _begin(kind: type[Classic] | type[Ours], job: Job) -> None:
+    def _begin(kind: type[Baseline] | type[ThisProject], job: Job) -> None:
         Process._side = kind(job)
 
     @staticmethod
@@ -93,7 +138,7 @@ class Process:
 
     @staticmethod
     def peak_memory() -> int:
-        """Most bytes held so far: on CUDA the GPU's tensors, else the process's memory, loader workers left out.
+        """Most bytes locked so far: on CUDA the GPU's tensors, else the process's memory, loader workers left out.
 
         0 on Windows, which has no such count.
         """
@@ -121,7 +166,7 @@ def points(recipe: Recipe, size: int | None = None, batch: int | None = None) ->
 def measure(job: Job, turns: int) -> dict[str, Any]:
     """Everything about one job, as plain values."""
     with contextlib.ExitStack() as stack:
-        sides = [stack.enter_context(Process(kind, job)) for kind in (Classic, Ours)]
+        sides = [stack.enter_context(Process(kind, job)) for kind in (Baseline, ThisProject)]
         settling = {name: side.ask(Process.settle) for name, side in zip(SIDES, sides, strict=True)}
         rows = [take_turns("views by one core", sides, turns, "views", 1)]
         rows.append(take_turns("training step", sides, turns, "train_steps"))
@@ -129,17 +174,17 @@ def measure(job: Job, turns: int) -> dict[str, Any]:
         memory = {name: side.ask(Process.peak_memory) for name, side in zip(SIDES, sides, strict=True)}
         rows.append(take_turns(f"scoring at {job.eval_size} px", sides, turns, "score"))
         product = sides[1].ask(Process.call, "matmul_tflops")
-    gflop = engine.step_gflop(checkpoint.network(job.recipe, CLASSES), job.size)
+    gflop = cost.step_gflop(build_network(job.recipe, CLASSES), job.size)
     tflops = {name: statistics.median(rows[1][name]) * gflop / 1e3 for name in SIDES}
     about = {"size": job.size, "batch": job.batch, "samples_a_turn": job.samples, "steps_to_settle": settling}
     return {**about, "rows": rows, "step_tflops": tflops, "matmul_tflops": product, "peak_memory": memory}
 
 
 def take_turns(name: str, sides: list[Process], turns: int, *question: Any) -> dict[str, Any]:
-    """Images a second of both sides, and how many times faster the engine was, turn by turn after one to warm up."""
+    """Images a second of both sides, and how many times faster this project was, turn by turn after one to warm up."""
     rates = [[side.samples / side.ask(Process.seconds, *question) for side in sides] for _ in range(turns + 1)][1:]
     columns = dict(zip(SIDES, map(list, zip(*rates, strict=True)), strict=True))
-    return {"name": name, **columns, "ratios": [ours / classic for classic, ours in rates]}
+    return {"name": name, **columns, "ratios": [ours / usual for usual, ours in rates]}
 
 
 def forecast(recipe: Recipe, measured: list[dict[str, Any]]) -> dict[str, float]:
@@ -148,20 +193,25 @@ def forecast(recipe: Recipe, measured: list[dict[str, Any]]) -> dict[str, float]
     for side in SIDES:
         rates = {point["size"]: statistics.median(point["rows"][2][side]) for point in measured}
         if all(size in rates for stage in recipe.stages for size in stage.crop_size):
-            result[side] = engine.predict_seconds(recipe, TRAIN_IMAGES, rates)
+            result[side] = cost.seconds_at_rates(recipe, TRAIN_IMAGES, rates)
     return result
 
 
 def text(point: dict[str, Any]) -> str:
     """One point as a Markdown table, with a line on arithmetic and memory."""
-    header = [f"{point['size']} px, batch {point['batch']}", "classic, images/s", "engine, images/s", "times faster"]
+    header = [
+        f"{point['size']} px, batch {point['batch']}",
+        "usual, images/s",
+        "this project, images/s",
+        "times faster",
+    ]
     lines = [" | ".join(cells) for cells in (header, ["---", *["---:"] * 3], *map(cells_of, point["rows"]))]
     product, memory = point["matmul_tflops"], {side: f"{n / 2**30:.2f}" for side, n in point["peak_memory"].items()}
     reached = {side: f"{tflops:.3g} ({tflops / product:.0%})" for side, tflops in point["step_tflops"].items()}
     return "\n".join(f"| {line} |" for line in lines) + (
-        f"\n\nTFLOP/s of the step: classic {reached['classic']}, engine {reached['engine']}; of a matrix product in "
-        f"the engine's precision: {product:.3g}. Peak memory: {memory['classic']} and {memory['engine']} GiB. "
-        f"Steps to settle: {point['steps_to_settle']['classic']} and {point['steps_to_settle']['engine']}."
+        f"\n\nTFLOP/s of the step: usual {reached['usual']}, this project {reached['this project']}; "
+        f"of a matrix product in this precision: {product:.3g}. Peak memory: {memory['usual']} and {memory['this project']} GiB. "
+        f"Steps to settle: {point['steps_to_settle']['usual']} and {point['steps_to_settle']['this project']}."
     )
 
 
@@ -173,54 +223,49 @@ def cells_of(row: dict[str, Any]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    line = build_parser()
-    given = line.parse_args(argv)
-    try:
-        runtime = Runtime(**{name: getattr(given, name) for name in ("device", "threads", "precision", "compile")})
-    except ValueError as error:
-        line.error(f"--{error}")
-    recipe, machine = RECIPES[given.recipe], engine.start(runtime)
-    load(given.data_dir)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    runtime = machine_settings(parser, args)
+    recipe, machine = RECIPES[args.recipe], start_machine(runtime)
+    load(args.data_dir)
     how = ", compiled" if machine.compile else ""
     print(f"{machine}{how}, {CORES} cores, PyTorch {torch.__version__}", flush=True)
-    steps = given.steps or (100 if machine.device.type == "cuda" else 2)
+    steps = args.steps or (100 if machine.device.type == "cuda" else 2)
     measured = []
-    for point in points(recipe, given.size, given.batch):
-        measured.append(measure(Job(recipe, runtime, given.data_dir, *point, steps), given.turns))
+    for point in points(recipe, args.size, args.batch):
+        measured.append(measure(Job(recipe, runtime, args.data_dir, *point, steps), args.turns))
         print("\n" + text(measured[-1]), flush=True)
     seconds = forecast(recipe, measured)
     if seconds:
         print(
             f"\nAt these end-to-end rates the recipe {recipe.name} trains on {TRAIN_IMAGES:,} images for "
-            f"{duration(seconds['engine'])}, in the classic way for {duration(seconds['classic'])}."
+            f"{duration(seconds['this project'])}, in the usual way for {duration(seconds['usual'])}."
         )
-    if given.json:
+    if args.json:
         about = {**machine.as_dict(), "cores": CORES, "torch": torch.__version__, "recipe": recipe.name}
-        files.write_text(given.json, json.dumps({**about, "points": measured, "seconds": seconds}, indent=2) + "\n")
+        files.write_text(args.json, json.dumps({**about, "points": measured, "seconds": seconds}, indent=2) + "\n")
     return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
-    line = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="benchmark.py",
-        description="Measure the usual training script's way and this project's engine in turns.",
+        description="Measure the usual training script's way and this project's in turns.",
         allow_abbrev=False,
     )
-    recipes = [name for name in RECIPES if name != "demo"]
-    line.add_argument("--recipe", choices=recipes, default="original", help="whose views, sizes and batches to measure")
-    line.add_argument("--size", type=whole_number(32, 1024), metavar="N", help="one other crop size, in px")
-    line.add_argument("--batch", type=whole_number(2, 65_536), metavar="N", help="another batch")
-    line.add_argument("--turns", type=whole_number(1, 1000), default=5, metavar="N", help="turns a side (default: 5)")
-    steps = "batches a turn (default: 2, on CUDA 100)"
-    line.add_argument("--steps", type=whole_number(1, 100_000), metavar="N", help=steps)
-    line.add_argument("--data-dir", type=Path, metavar="PATH", help="folder of stl10_binary (default: drawn pictures)")
-    line.add_argument("--json", type=Path, metavar="FILE", help="write all figures, those of each turn too")
-    for item in (Runtime.__dataclass_fields__[name] for name in ("device", "threads", "precision")):
-        about = {"choices": item.metadata.get("choices"), "help": item.metadata["help"]}
-        line.add_argument(f"--{item.name}", type=type(item.default), default=item.default, **about)
-    compile = Runtime.__dataclass_fields__["compile"].metadata["help"]
-    line.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help=compile)
-    return line
+    names = [name for name in RECIPES if name != "demo"]
+    parser.add_argument("--recipe", choices=names, default="original", help="whose views, sizes and batches to measure")
+    parser.add_argument("--size", type=whole_number(32, 1024), metavar="N", help="one other crop size, in px")
+    parser.add_argument("--batch", type=whole_number(2, 65_536), metavar="N", help="another batch")
+    parser.add_argument("--turns", type=whole_number(1, 1000), default=5, metavar="N", help="turns a side (default: 5)")
+    steps = "batches per turn (default: 2, on CUDA 100)"
+    parser.add_argument("--steps", type=whole_number(1, 100_000), metavar="N", help=steps)
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="PATH", help="folder of stl10_binary (default: drawn pictures)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures, those of each turn too")
+    add_flags(parser, Runtime, (*MACHINE_FLAGS, "compile"), with_defaults=True)
+    return parser
 
 
 if __name__ == "__main__":

@@ -13,13 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import commands
-import errors
-import plots
-from errors import RunError
-from record import COLUMNS, best_row, duration, samples_seen
-from scoring import wilson
-from settings import Recipe
+from harness import errors, plots, text
+from harness.errors import RunError, reason
+from harness.metrics import wilson
+from harness.run_folder import COLUMNS, best_row
+from harness.text import duration
+from recipes import Recipe
 
 
 class Run(NamedTuple):
@@ -33,22 +32,22 @@ class Run(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
-    line = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="compare.py",
         description="Lay several runs side by side: one table, one accuracy plot.",
         allow_abbrev=False,
     )
-    line.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, finished or still going")
-    line.add_argument(
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, finished or still going")
+    parser.add_argument(
         "--out", type=Path, metavar="FILE", help="the plot, PNG (default: comparison.png beside the runs)"
     )
-    given = line.parse_args(argv)
-    runs = [read(folder) for folder in given.runs]
+    args = parser.parse_args(argv)
+    runs = [read(folder) for folder in args.runs]
     names = [run.folder.resolve().name for run in runs]
-    names = names if len(set(names)) == len(names) else [commands.printable(run.folder) for run in runs]
+    names = names if len(set(names)) == len(names) else [text.printable(run.folder) for run in runs]
     print(table(names, runs))
     print("\n".join(f"note: {note}" for note in notes(runs)))
-    out = given.out or runs[0].folder.resolve().parent / "comparison.png"
+    out = args.out or runs[0].folder.resolve().parent / "comparison.png"
     best = {name: row["val_accuracy"] for name, run in zip(names, runs, strict=True) if (row := best_row(run.rows))}
     if best:
         highest = max(best, key=best.get)
@@ -71,7 +70,7 @@ def read(folder: Path) -> Run:
         recipe = Recipe.from_dict(config["recipe"])
         return Run(folder, recipe, config["images"], config.get("parameters"), rows)
     except OSError as error:
-        raise RunError(f"{folder} is no run folder: {error.filename}: {error.strerror}") from error
+        raise RunError(f"{folder} is no run folder: {error.filename}: {reason(error)}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{folder} holds a run that cannot be read: {error}") from error
 
@@ -82,7 +81,7 @@ def table(names: list[str], runs: list[Run]) -> str:
     lines = []
     for name, run in zip(names, runs, strict=True):
         best, last = best_row(run.rows), run.rows[-1]["val_accuracy"] if run.rows else None
-        stages = [int(row["stage"]) for row in run.rows]
+        stages = [int(row["stage"]) - 1 for row in run.rows]
         lines.append(
             [
                 name,
@@ -92,11 +91,11 @@ def table(names: list[str], runs: list[Run]) -> str:
                 f"{best['val_accuracy']:.1%} in epoch {best['epoch']:g}" if best else "–",
                 _with_interval(last, run.images["val"]) if last is not None else "–",
                 duration(sum(row["seconds"] for row in run.rows)),
-                f"{samples_seen(run.recipe, run.images['train'], stages):,}",
+                f"{run.recipe.samples(run.images['train'], stages):,}",
                 f"{run.parameters:,}" if run.parameters else "–",
             ]
         )
-    return commands.table(header, lines)
+    return text.table(header, lines)
 
 
 def _with_interval(accuracy: float, images: int) -> str:

@@ -5,6 +5,7 @@ Every file is read once and its size and MD5 are checked on the very bytes that 
 argument (`specs`), so that the demo and the tests go through the same code with files of their own.
 """
 
+import dataclasses
 import hashlib
 import os
 import random
@@ -17,13 +18,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from errors import RunError
+from augment import ViewOptions
+from harness.errors import RunError, reason
 
 FOLDER = "stl10_binary"
 FOLDS_FILE = "fold_indices.txt"
 SIDE = 96  # pixels
 IMAGE_BYTES = 3 * SIDE * SIDE
 CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")  # label 1 first
+
+# What a training image goes through, by name: the original project's views, milder ones, and stronger ones with CutMix
+# for runs that would fit their images otherwise.
+MILD = ViewOptions(
+    crop_scale=(0.25, 1.0), rotation=10.0, vflip=0.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1
+)
+STRONG = dataclasses.replace(
+    MILD, crop_scale=(0.15, 1.0), brightness=0.6, contrast=0.6, saturation=0.8, cutmix=1.0, mix_probability=0.75
+)
+AUGMENTATIONS = {"original": ViewOptions(), "mild": MILD, "strong": STRONG}
 
 
 class FileSpec(NamedTuple):
@@ -88,7 +100,7 @@ def read_file(path: Path, spec: FileSpec) -> bytearray:
             content = bytearray(spec.bytes if size == spec.bytes else 0)
             complete = file.readinto(content) == spec.bytes
     except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}; name another folder with --data-dir") from error
+        raise RunError(f"cannot read {path}: {reason(error)}; name another folder with --data-dir") from error
     way_out = "delete it so that it is fetched again, or name another folder with --data-dir"
     if not complete:
         raise RunError(f"{path} has {size:,} bytes, expected {spec.bytes:,}: {way_out}")

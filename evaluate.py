@@ -3,7 +3,7 @@
 
 python3 evaluate.py runs/original-seed0                          # on the run's own validation images
 python3 evaluate.py runs/original-seed0 --size 80 96 112 144     # accuracy against size
-python3 evaluate.py runs/cpu-seed0 runs/cpu-seed1 --last         # mean and standard deviation
+python3 evaluate.py runs/cpu-seed0 runs/cpu-seed1                # mean and standard deviation
 python3 evaluate.py runs/original-seed0 --split test             # at the very end
 """
 
@@ -18,18 +18,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import checkpoint
-import commands
 import data
-import dataset
-import errors
-import files
-import report
-import scoring
-import testcount
-from checkpoint import Trained
-from engine import Engine
-from errors import RunError
+from harness import checkpoint, errors, files, metrics, report, scoring, scoring_ledger
+from harness.checkpoint import TrainedNetwork
+from harness.cli import machine_settings, network_parser, whole_number
+from harness.errors import RunError
+from harness.images import load_for_network, load_test_images, recorded_source
+from harness.machine import Machine, start_machine
 
 CHUNK = 250  # images between two ticks of the progress bar
 
@@ -43,190 +38,188 @@ class Scored(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
-    line = build_parser()
-    given = line.parse_args(argv)
-    paths = check(line, given)
-    machine = commands.start(line, given)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    paths = check(parser, args)
+    machine = start_machine(machine_settings(parser, args))
     networks = [checkpoint.load_network(path) for path in paths]
     for network in networks:
         network.model.to(machine.device)
-    out = given.out or default_folder(given, networks)
+    out = args.out or default_folder(args, networks)
     files.make_folder(out)
     entries, scored = [], None
-    for members in [networks] if given.ensemble else [[network] for network in networks]:
-        entry, scored = evaluate(members, given, machine)
+    for members in [networks] if args.ensemble else [[network] for network in networks]:
+        entry, scored = evaluate(members, args, machine)
         entries.append(entry)
     if len({dataclasses.replace(network.recipe, seed=0, split_seed=0, fold=None) for network in networks}) > 1:
         print("warning: these networks differ in more than their seeds and splits", file=sys.stderr)
     print(report.text(entries))
-    whole = {"split": given.split, "protocol": given.protocol, **machine.as_dict(), "networks": entries}
+    whole = {"split": args.split, "protocol": args.protocol, **machine.as_dict(), "networks": entries}
     whole |= {"over the networks": report.over_networks(entries)} if len(entries) > 1 else {}
     files.write_text(out / "report.json", json.dumps(whole, indent=2) + "\n")
     report.clear_pictures(out)
-    if len(entries) == 1 and given.protocol == "clean":
+    if len(entries) == 1 and args.protocol == "clean":
         report.draw(out, entries[0], networks[0].classes, *scored)
     print(f"report: {out / 'report.json'}")
     return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
-    line = commands.parser(
+    parser = network_parser(
         "evaluate.py", "Score trained networks on the images that they validate on, or on the test images."
     )
-    line.add_argument(
+    parser.add_argument(
         "networks",
         nargs="+",
         type=Path,
         metavar="RUN_OR_CHECKPOINT",
         help="run folder or checkpoint; several are scored one by one, with mean and standard deviation",
     )
-    line.add_argument(
+    parser.add_argument(
         "--split",
         choices=("val", "test"),
         default="val",
         help="val: the images that the run itself validates on (default); test: those that no run ever uses",
     )
-    line.add_argument(
+    parser.add_argument(
         "--size",
-        type=commands.whole_number(32, 1024),
+        type=whole_number(32, 1024),
         nargs="+",
         metavar="N",
         help="side in px at which images are scored, or several to compare (default: the run's eval size)",
     )
-    line.add_argument(
-        "--views",
-        choices=scoring.VIEWS,
-        help="of each image, predictions are averaged over: "
-        + "; ".join(f"{name}: {what}" for name, what in scoring.VIEWS.items())
-        + " (default: none, or mirror where the run validates so)",
+    parser.add_argument(
+        "--tta",
+        choices=scoring.TTA,
+        help="test-time augmentation; predictions are averaged over: "
+        + "; ".join(f"{name}: {what}" for name, what in scoring.TTA.items())
+        + " (default: none, or mirror if the run validates so)",
     )
-    line.add_argument("--ensemble", action="store_true", help="average the predictions of the networks into one")
-    line.add_argument(
+    parser.add_argument("--ensemble", action="store_true", help="average the predictions of the networks into one")
+    parser.add_argument(
         "--protocol",
         choices=("clean", "original"),
         default="clean",
         help=f"original: {scoring.ORIGINAL_VIEWS} random training views of each image by batch statistics, to compare "
         "with the original project's figures (default: clean: the images themselves, in eval mode)",
     )
-    line.add_argument(
+    parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="folder for report and plots (default: evaluation-… by the run)"
     )
     text = "folder that holds {} (default: where the run found them, as its config.json says)"
-    line.add_argument("--data-dir", type=Path, metavar="PATH", help=text.format("stl10_binary"))
-    line.add_argument("--images", type=Path, metavar="PATH", help=text.format("pictures of one's own"))
-    return line
+    parser.add_argument("--data-dir", type=Path, metavar="PATH", help=text.format("stl10_binary"))
+    parser.add_argument("--images", type=Path, metavar="PATH", help=text.format("the user's own pictures"))
+    return parser
 
 
-def check(line: argparse.ArgumentParser, given: argparse.Namespace) -> list[Path]:
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Path]:
     """The checkpoint files that are meant. Options that exclude each other end the process with status 2."""
-    if given.protocol == "original":
-        for flag, used in (("ensemble", given.ensemble), ("views", given.views), ("split test", given.split == "test")):
+    if args.protocol == "original":
+        for flag, used in (("ensemble", args.ensemble), ("tta", args.tta), ("split test", args.split == "test")):
             if used:
-                line.error(f"--protocol original and --{flag} exclude each other")
-    if given.size and len(given.size) > 1 and (given.protocol == "original" or given.split == "test"):
-        line.error("several sizes are compared on clean val images only: the test images choose nothing")
-    given.size = sorted(set(given.size)) if given.size else [None]
-    if given.ensemble and len(given.networks) < 2:
-        line.error("--ensemble takes two networks or more")
-    paths = [checkpoint.weights_file(path, given.last) for path in given.networks]
+                parser.error(f"--protocol original and --{flag} exclude each other")
+    if args.size and len(args.size) > 1 and (args.protocol == "original" or args.split == "test"):
+        parser.error("several sizes are compared on clean val images only: the test images choose nothing")
+    args.size = sorted(set(args.size)) if args.size else [None]
+    if args.ensemble and len(args.networks) < 2:
+        parser.error("--ensemble takes two networks or more")
+    paths = [checkpoint.weights_file(path, args.best) for path in args.networks]
     if len({path.resolve() for path in paths}) < len(paths):
-        line.error("the same network is given twice")
+        parser.error("the same network is given twice")
     return paths
 
 
-def default_folder(given: argparse.Namespace, networks: list[Trained]) -> Path:
+def default_folder(args: argparse.Namespace, networks: list[TrainedNetwork]) -> Path:
     """Within the run folder for one network, beside it for several; the name tells what was scored, and how."""
     file = networks[0].file
-    parts = ["evaluation", given.split] + ([] if file.name == "best.pt" else [file.stem])
-    parts += ["ensemble"] if given.ensemble else []
-    parts += ["original"] if given.protocol == "original" else []
+    parts = ["evaluation", args.split] + ([] if file.name == "last.pt" else [file.stem])
+    parts += ["ensemble"] if args.ensemble else []
+    parts += ["original"] if args.protocol == "original" else []
     return (file.parent if len(networks) == 1 else file.parent.parent) / "-".join(parts)
 
 
-def evaluate(members: list[Trained], given: argparse.Namespace, machine: Engine) -> tuple[dict[str, Any], Scored]:
+def evaluate(
+    members: list[TrainedNetwork], args: argparse.Namespace, machine: Machine
+) -> tuple[dict[str, Any], Scored]:
     """Score one network, or several as one, at each size: the report's entry, and the scores that are drawn."""
-    images, labels = (part.to(machine.device) for part in images_of(members, given))
-    print(f"{report.name(members)}: {len(labels):,} {given.split} images, {machine}", flush=True)
-    if given.split == "test":
-        testcount.warn([member.file.parent for member in members])
+    images, labels = (part.to(machine.device) for part in images_of(members, args))
+    print(f"{report.name(members)}: {len(labels):,} {args.split} images, {machine}", flush=True)
+    if args.split == "test":
+        scoring_ledger.warn([member.file.parent for member in members])
     about, results, shown = [report.about(member) for member in members], [], 0
-    for size in given.size:
-        if given.protocol == "original":
+    for size in args.size:
+        if args.protocol == "original":
             how, scores, truth = score_original(members[0], images, labels, size, machine)
         else:
-            how, scores, truth = *score_clean(members, images, size, given.views, machine), labels
-        results.append(how | scoring.figures(scores, truth, members[0].classes, len(images)))
+            how, scores, truth = *score_clean(members, images, size, args.tta, machine), labels
+        results.append(how | metrics.figures(scores, truth, members[0].classes, len(images)))
         if len(results) == 1 or size == members[0].eval_size:
             shown, scored = len(results) - 1, Scored(images, labels, scores)
-    entry = report.entry(members, about, given.split, results, shown)
-    if given.split == "test":
+    entry = report.entry(members, about, args.split, results, shown)
+    if args.split == "test":
         for member, facts in zip(members, about, strict=True):
-            result = {key: results[0][key] for key in ("size", "views", "accuracy")}
-            testcount.add(member.file.parent, **facts, ensemble_of=len(members), **result)
+            result = {key: results[0][key] for key in ("size", "tta", "accuracy")}
+            scoring_ledger.add(member.file.parent, **facts, ensemble_of=len(members), **result)
     return entry, scored
 
 
-def images_of(members: list[Trained], given: argparse.Namespace) -> tuple[Tensor, Tensor]:
+def images_of(members: list[TrainedNetwork], args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """The images and labels that all members are to be scored on. Raises RunError where they are not the same ones."""
-    images, labels = split_of(members[0], given)
+    images, labels = split_of(members[0], args)
     for member in members[1:]:
-        others, other_labels = split_of(member, given)
+        others, other_labels = split_of(member, args)
         same_classes = member.classes == members[0].classes
         if not (same_classes and torch.equal(other_labels, labels) and torch.equal(others, images)):
             raise RunError(
-                f"{members[0].file} and {member.file} have not the same {given.split} images, so that an ensemble of "
+                f"{members[0].file} and {member.file} have not the same {args.split} images, so that an ensemble of "
                 "them would be scored on what one of them has learnt"
             )
     return images, labels
 
 
-def split_of(member: Trained, given: argparse.Namespace) -> tuple[Tensor, Tensor]:
+def split_of(member: TrainedNetwork, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """A network's validation or test images and their labels. Raises RunError where there are none."""
-    data_dir, own = dataset.places(member.file)
-    own = given.images or (None if given.data_dir else own)
-    data_dir = given.data_dir or data_dir
+    source = recorded_source(member.file, args.data_dir, args.images)
+    if args.split == "val":
+        dataset, _, val = load_for_network(member, source, fetch=True)
+        if not len(val):
+            raise RunError(f"{member.file} was trained on all images: none are left to validate on (see --split test)")
+        return dataset.images[val], dataset.labels[val]
     try:
-        if given.split == "test":
-            found = dataset.load_test(member, data_dir, own)
-            return found.images, found.labels
-        found, _, val = dataset.of_trained(member, data_dir, own)
+        dataset = load_test_images(member, source)
     except data.MissingFiles as error:
-        part = "test" if given.split == "test" else "train"
         raise RunError(
-            f"the {given.split} images are missing: {part}_X.bin and {part}_y.bin of the official archive belong in "
-            f"{data_dir / data.FOLDER} (or see --data-dir)"
-            + ("; no run needs them, as test images choose nothing" if given.split == "test" else "")
+            f"the test images are missing: test_X.bin and test_y.bin of the official archive belong in "
+            f"{source.data_dir / data.FOLDER} (or see --data-dir); no run needs them, as test images choose nothing"
         ) from error
-    if not len(val):
-        raise RunError(f"{member.file} was trained on all images: none are left to validate on (see --split test)")
-    return found.images[val], found.labels[val]
+    return dataset.images, dataset.labels
 
 
 def score_clean(
-    members: list[Trained], images: Tensor, size: int | None, views: str | None, machine: Engine
+    members: list[TrainedNetwork], images: Tensor, size: int | None, tta: str | None, machine: Machine
 ) -> tuple[dict[str, Any], Tensor]:
-    """How the images were scored, and their logits (N, K): each member's own size and views where none are given."""
+    """How the images were scored, and their logits (N, K): each member's own size and form if none are args."""
     sizes = [size or member.eval_size for member in members]
-    kinds = [views or ("mirror" if member.recipe.mirror else "none") for member in members]
+    kinds = [tta or ("mirror" if member.recipe.mirror else "none") for member in members]
     scores = []
     with progress(len(images) * len(members), sizes[0]) as bar:
         for member, own_size, kind in zip(members, sizes, kinds, strict=True):
             parts = []
             for part in images.split(CHUNK):
-                parts.append(scoring.view_logits(member.model, part, own_size, kind, precision=machine.precision))
+                parts.append(scoring.tta_logits(member.model, part, own_size, kind, precision=machine.precision))
                 bar.update(len(part))
             scores.append(torch.cat(parts))
-    how = {"size": report.shared(sizes), "views": report.shared(kinds)}
+    how = {"size": report.shared(sizes), "tta": report.shared(kinds)}
     return how, scoring.average(scores) if len(scores) > 1 else scores[0]
 
 
 def score_original(
-    member: Trained, images: Tensor, labels: Tensor, size: int | None, machine: Engine
+    member: TrainedNetwork, images: Tensor, labels: Tensor, size: int | None, machine: Machine
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
     """How the views were made, their logits (n, K) and their labels (n,); size and batch as in the network's stage."""
-    number, epoch = member.recipe.locate(member.epoch - 1)
-    stage = member.recipe.stages[number]
-    size = size or stage.size(epoch)
+    stage_index, epoch = member.recipe.stage_and_epoch(member.epoch - 1)
+    stage = member.recipe.stages[stage_index]
+    size = size or stage.crop_size_at(epoch)
     try:
         with progress(len(images) * scoring.ORIGINAL_VIEWS, size) as bar:
             scores, index = scoring.original_logits(
@@ -234,7 +227,7 @@ def score_original(
             )
     except ValueError as error:
         raise RunError(f"{member.file} cannot be scored as the original was: {error}") from error
-    return {"size": size, "views": "original", "batch": stage.batch}, scores, labels[index]
+    return {"size": size, "tta": "original", "batch": stage.batch}, scores, labels[index]
 
 
 def progress(total: int, size: int) -> tqdm:

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Take a trained network elsewhere: ONNX, torch.export, or half-precision weights to be passed on.
 
-    python3 export.py runs/original-seed0               # model.onnx and model.pt2, in the run folder
-    python3 export.py best.pt --format weights          # model.pt, of half the size, for every command of this project
+    python3 export.py runs/original-seed0                   # model.pt2 (torch.export), in the run folder
+    python3 export.py runs/original-seed0 --format onnx     # model.onnx; needs onnx, onnxruntime and onnxscript
+    python3 export.py last.pt --format weights              # model.pt, of half the size, for this project's commands
 
 Both exchange formats take RGB pixels from 0 to 255 as float32 (N, 3, H, W), of any number and any size from 32 px, and
 give logits (N, classes): the normalisation is inside, the resizing is not. Each file is loaded back and compared with
@@ -25,14 +26,10 @@ import torch
 from torch import Tensor, nn
 
 import augment
-import checkpoint
-import dataset
-import demo
-import errors
-import files
-import scoring
-from checkpoint import Trained
-from errors import RunError
+from harness import checkpoint, demo_shapes, errors, files, scoring
+from harness.checkpoint import TrainedNetwork
+from harness.errors import RunError
+from harness.images import Source, load_for_network, recorded_source
 from model import SMALLEST_INPUT
 
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -58,23 +55,25 @@ class Format(NamedTuple):
     """A kind of file: how it is written and read back, and how far its logits may be off, as a share of the largest."""
 
     file: str
-    write: Callable[[Trained, Path], None]
+    write: Callable[[TrainedNetwork, Path], None]
     read: Callable[[Path], Classify]
     tolerance: float
 
 
 def main(argv: list[str] | None = None) -> int:
-    given = build_parser().parse_args(argv)
-    trained = checkpoint.load_network(given.checkpoint)
+    args = build_parser().parse_args(argv)
+    trained = checkpoint.load_network(args.checkpoint, args.best)
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
-    if "onnx" in given.format and missing:
+    if "onnx" in args.format and missing:
         raise RunError(f"--format onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-    out = given.out or (given.checkpoint if given.checkpoint.is_dir() else given.checkpoint.parent)
+    out = args.out or (args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent)
     files.make_folder(out)
-    images, origin = sample(trained, given.checkpoint, given.data_dir, given.images)
+    images, origin = sample(
+        trained, recorded_source(trained.file, args.data_dir, args.images), args.data_dir or args.images
+    )
     sizes = (trained.eval_size, trained.eval_size + 32)
     print(f"comparing on {origin}, {' and '.join(map(str, COUNTS))} at a time, at {sizes[0]} and {sizes[1]} px")
-    for name in dict.fromkeys(given.format):
+    for name in dict.fromkeys(args.format):
         export(trained, name, out, images, sizes)
     return 0
 
@@ -85,35 +84,33 @@ def build_parser() -> argparse.ArgumentParser:
         prog="export.py", description="Write a trained network in formats for use elsewhere.", allow_abbrev=False
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint file or run folder")
+    parser.add_argument("--best", action="store_true", help="of a run folder take best.pt (default: its last.pt)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: beside the checkpoint)")
-    parser.add_argument(
-        "--format", nargs="+", choices=FORMATS, default=["onnx", "torch"], help="formats (default: onnx torch)"
-    )
+    parser.add_argument("--format", nargs="+", choices=FORMATS, default=["torch"], help="formats (default: torch)")
     told = "of the images to compare on (default: where the run had them)"
     parser.add_argument("--data-dir", type=Path, metavar="FOLDER", help=f"folder {told}")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help=f"folder, as given to train.py, {told}")
     return parser
 
 
-def sample(trained: Trained, path: Path, data_dir: Path | None, images: Path | None) -> tuple[Tensor, str]:
-    """Images uint8 (N, 3, H, W) to compare on, and what they are: the run's own or, where those are not, drawn ones."""
-    its_data_dir, its_images = dataset.places(path)
+def sample(trained: TrainedNetwork, source: Source, required: bool) -> tuple[Tensor, str]:
+    """Images uint8 (N, 3, H, W) to compare on, and what they are: the run's or, unless `required`, else drawn ones."""
     try:
-        found, train, val = dataset.of_trained(trained, data_dir or its_data_dir, images or its_images)
+        dataset, train, val = load_for_network(trained, source, fetch=False)
     except RunError:
-        if data_dir or images:
+        if required:
             raise
-        drawn = torch.from_numpy(demo.draw("test", 1)[0]).transpose(2, 3)
+        drawn = torch.from_numpy(demo_shapes.draw_shapes("test", 1)[0]).transpose(2, 3)
         return drawn[: max(COUNTS)], "pictures drawn by the program, as the run's are not here"
     kind, indices = ("validation", val) if len(val) else ("training", train)
-    return found.images[indices[: max(COUNTS)]], f"{kind} images of the run"
+    return dataset.images[indices[: max(COUNTS)]], f"{kind} images of the run"
 
 
-def export(trained: Trained, name: str, out: Path, images: Tensor, sizes: tuple[int, ...]) -> None:
+def export(trained: TrainedNetwork, name: str, out: Path, images: Tensor, sizes: tuple[int, ...]) -> None:
     """Write one format's file, unless its logits are off: then RunError is raised and an older file stays."""
     form = FORMATS[name]
     path = out / form.file
-    with files.replacing(path) as temporary:
+    with files.atomic_write(path) as temporary:
         with quiet():
             form.write(trained, temporary)
             difference, largest = compare(form.read(temporary), trained.model, images, sizes)
@@ -147,7 +144,7 @@ def quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def metadata(trained: Trained) -> dict[str, str]:
+def metadata(trained: TrainedNetwork) -> dict[str, str]:
     """What the user of a file must know, as text."""
     return {
         "input": f"RGB pixels from 0 to 255, float32 (N, 3, H, W), from {SMALLEST_INPUT} px",
@@ -159,7 +156,7 @@ def metadata(trained: Trained) -> dict[str, str]:
     } | ({"val_accuracy": str(trained.val_accuracy)} if trained.selected else {})
 
 
-def _program(trained: Trained) -> torch.export.ExportedProgram:
+def _program(trained: TrainedNetwork) -> torch.export.ExportedProgram:
     """The network for any batch and size; in PyTorch 2.11 for even sizes only, or odd ones where eval_size is odd."""
     classifier = Classifier(copy.deepcopy(trained.model)).to(memory_format=torch.contiguous_format).eval()
     example = torch.zeros(2, 3, trained.eval_size, trained.eval_size)
@@ -168,7 +165,7 @@ def _program(trained: Trained) -> torch.export.ExportedProgram:
     return torch.export.export(classifier.requires_grad_(False), (example,), dynamic_shapes=shapes)
 
 
-def _write_torch(trained: Trained, path: Path) -> None:
+def _write_torch(trained: TrainedNetwork, path: Path) -> None:
     with open(path, "wb") as file:
         torch.export.save(_program(trained), file, extra_files={"metadata.json": json.dumps(metadata(trained))})
 
@@ -178,7 +175,7 @@ def _read_torch(path: Path) -> Classify:
         return torch.export.load(file).module()
 
 
-def _write_onnx(trained: Trained, path: Path) -> None:
+def _write_onnx(trained: TrainedNetwork, path: Path) -> None:
     program = torch.onnx.export(
         _program(trained),
         input_names=["pixels"],
@@ -200,20 +197,11 @@ def _read_onnx(path: Path) -> Classify:
     return lambda pixels: torch.from_numpy(session.run(["logits"], {"pixels": pixels.numpy()})[0])
 
 
-def _write_weights(trained: Trained, path: Path) -> None:
+def _write_weights(trained: TrainedNetwork, path: Path) -> None:
     """A checkpoint whose matrices are in half precision; vectors, which are small, keep theirs."""
-    weights = {name: value.half() if value.ndim > 1 else value for name, value in trained.model.state_dict().items()}
-    payload = {
-        "kind": "weights",
-        "recipe": trained.recipe.as_dict(),
-        "classes": list(trained.classes),
-        "images": trained.images,
-        "eval_size": trained.eval_size,
-        "epoch": trained.epoch,
-        "val_accuracy": trained.val_accuracy,
-        "model": weights,
-    }
-    checkpoint.save(path, payload)
+    state = trained.state()
+    weights = {name: value.half() if value.ndim > 1 else value for name, value in state["model"].items()}
+    checkpoint.save_weights(path, state, trained.val_accuracy, weights)
 
 
 def _read_weights(path: Path) -> Classify:

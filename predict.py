@@ -18,16 +18,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import checkpoint
-import commands
-import errors
-import files
-import pictures
-import plots
-import scoring
-from checkpoint import Trained
-from engine import Engine
-from errors import RunError
+from harness import checkpoint, errors, files, picture_file, plots, scoring, text
+from harness.checkpoint import TrainedNetwork
+from harness.cli import machine_settings, network_parser, whole_number
+from harness.errors import RunError
+from harness.machine import Machine, start_machine
 
 BATCH = 64  # pictures that are scored together
 ON_SHEET = 120  # pictures
@@ -43,58 +38,58 @@ class Prediction(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
-    line = build_parser()
-    given = line.parse_args(argv)
-    if given.sheet and given.sheet.suffix.lower() != ".png":
-        line.error(f"--sheet writes a PNG file: {given.sheet} should end in .png")
-    machine = commands.start(line, given)
-    trained = checkpoint.load_network(checkpoint.weights_file(given.network, given.last))
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.sheet and args.sheet.suffix.lower() != ".png":
+        parser.error(f"--sheet writes a PNG file: {args.sheet} should end in .png")
+    machine = start_machine(machine_settings(parser, args))
+    trained = checkpoint.load_network(args.network, args.best)
     trained.model.to(machine.device)
-    paths, skipped = gather(given.pictures)
-    predictions = predict(trained, paths, given.top, machine, skipped, squares=ON_SHEET if given.sheet else 0)
+    paths, skipped = gather(args.pictures)
+    predictions = predict(trained, paths, args.top, machine, skipped, squares=ON_SHEET if args.sheet else 0)
     if not predictions:
         raise RunError("there is no picture to look at" if not paths else "none of the files is a usable picture")
     print(table(predictions))
-    if given.csv:
-        files.write_text(given.csv, as_csv(predictions))
-    if given.json:
-        files.write_text(given.json, as_json(predictions, skipped, trained))
-    if given.sheet:
-        draw_sheet(given.sheet, predictions, trained)
+    if args.csv:
+        files.write_text(args.csv, as_csv(predictions))
+    if args.json:
+        files.write_text(args.json, as_json(predictions, skipped, trained))
+    if args.sheet:
+        draw_sheet(args.sheet, predictions, trained)
     return 1 if skipped else 0
 
 
 def build_parser() -> argparse.ArgumentParser:
-    line = commands.parser(
+    parser = network_parser(
         "predict.py",
         "Say what a trained network sees in pictures. Of each it sees the largest centred square, as small as the "
         "pictures that it was trained on, scored as the run was validated; what is transparent lies on white. The exit "
         "status is 1 where a picture had to be skipped.",
     )
-    line.add_argument("network", type=Path, metavar="RUN_OR_CHECKPOINT", help="run folder or checkpoint")
-    line.add_argument(
+    parser.add_argument("network", type=Path, metavar="RUN_OR_CHECKPOINT", help="run folder or checkpoint")
+    parser.add_argument(
         "pictures",
         nargs="+",
         type=Path,
         metavar="PICTURE",
         help="picture of any kind that Pillow opens, or folder of them",
     )
-    line.add_argument(
-        "--top", type=commands.whole_number(1, 1000), default=2, metavar="N", help="classes to tell (default: 2)"
+    parser.add_argument(
+        "--top", type=whole_number(1, 1000), default=2, metavar="N", help="classes to tell (default: 2)"
     )
-    line.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV too")
-    line.add_argument("--json", type=Path, metavar="FILE", help="write it as JSON, with the files that were skipped")
-    line.add_argument(
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write it as JSON, with the files that were skipped")
+    parser.add_argument(
         "--sheet", type=Path, metavar="FILE", help=f"draw the first {ON_SHEET} pictures with class and confidence (PNG)"
     )
-    return line
+    return parser
 
 
-def gather(given: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:
+def gather(named: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:
     """The files that are named, and all pictures in the folders that are; folders without any, with the reason."""
     paths, skipped = [], {}
-    for path in given:
-        found = pictures.find(path) if path.is_dir() else [path]
+    for path in named:
+        found = picture_file.find(path) if path.is_dir() else [path]
         paths += found
         if not found:
             skip(skipped, path, f"{path} holds no pictures")
@@ -103,12 +98,17 @@ def gather(given: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:
 
 def skip(skipped: dict[str, str], path: Path, reason: str) -> None:
     """Note a path that is passed over, and say so on stderr at once, above a progress bar if there is one."""
-    skipped[commands.printable(path)] = reason
+    skipped[text.printable(path)] = reason
     tqdm.write(f"skipped: {reason}", file=sys.stderr)
 
 
 def predict(
-    trained: Trained, paths: Sequence[Path], top: int, machine: Engine, skipped: dict[str, str], squares: int = 0
+    trained: TrainedNetwork,
+    paths: Sequence[Path],
+    top: int,
+    machine: Machine,
+    skipped: dict[str, str],
+    squares: int = 0,
 ) -> list[Prediction]:
     """Look at each picture; those that cannot be opened are added to `skipped`. The first `squares` squares are kept.
 
@@ -121,20 +121,20 @@ def predict(
             opened = {}
             for path in paths[start : start + BATCH]:
                 try:
-                    opened[path] = pictures.open_square(path, trained.recipe.image_size)
+                    opened[path] = picture_file.open_square(path, trained.recipe.image_size)
                 except RunError as error:
                     skip(skipped, path, str(error))
                 bar.update()
             if not opened:
                 continue
             batch = torch.stack(list(opened.values()))
-            views = {"mirror": trained.recipe.mirror, "precision": machine.precision}
-            scores = scoring.logits(trained.model, batch.to(machine.device), trained.eval_size, **views)
+            how = {"mirror": trained.recipe.mirror, "precision": machine.precision}
+            scores = scoring.logits(trained.model, batch.to(machine.device), trained.eval_size, **how)
             best = scores.softmax(1).topk(min(top, len(trained.classes)))
             for path, shares, labels in zip(opened, best.values.tolist(), best.indices.tolist(), strict=True):
                 choices = [(trained.classes[label], share) for label, share in zip(labels, shares, strict=True)]
                 square = opened[path] if len(predictions) < squares else None
-                predictions.append(Prediction(commands.printable(path), choices, square))
+                predictions.append(Prediction(text.printable(path), choices, square))
     return predictions
 
 
@@ -145,21 +145,21 @@ def table(predictions: Sequence[Prediction]) -> str:
     rows = []
     for file, ((name, share), *rest), _ in predictions:
         rows.append([file, name, f"{share:.1%}", *(f"{other} {its_share:.1%}" for other, its_share in rest)])
-    return commands.table(header, rows)
+    return text.table(header, rows)
 
 
 def as_csv(predictions: Sequence[Prediction]) -> str:
     """The same with numbers from 0 to 1."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
     numbers = range(1, len(predictions[0].choices) + 1)
     writer.writerow(["file", *(f"{what}_{number}" for number in numbers for what in ("class", "confidence"))])
     for file, choices, _ in predictions:
         writer.writerow([file, *(value for name, share in choices for value in (name, f"{share:.6f}"))])
-    return text.getvalue()
+    return out.getvalue()
 
 
-def as_json(predictions: Sequence[Prediction], skipped: dict[str, str], trained: Trained) -> str:
+def as_json(predictions: Sequence[Prediction], skipped: dict[str, str], trained: TrainedNetwork) -> str:
     """The same with what was skipped and why, and how the pictures were scored."""
     seen = [
         {"file": file, "choices": [{"class": name, "confidence": share} for name, share in choices]}
@@ -170,7 +170,7 @@ def as_json(predictions: Sequence[Prediction], skipped: dict[str, str], trained:
     return json.dumps({**how, "pictures": seen, "skipped": left_out}, indent=2) + "\n"
 
 
-def draw_sheet(path: Path, predictions: Sequence[Prediction], trained: Trained) -> None:
+def draw_sheet(path: Path, predictions: Sequence[Prediction], trained: TrainedNetwork) -> None:
     shown = [prediction for prediction in predictions if prediction.square is not None]
     titles = []
     for file, ((name, share), *_), _ in shown:

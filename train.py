@@ -10,270 +10,297 @@ Data flows one way: files → one uint8 tensor on the device → views → netwo
 metrics.csv and checkpoints → plots. The same command again continues where it stopped.
 """
 
-import contextlib
-import datetime
 import math
 import signal
 import sys
 import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run begins there is nothing to save, nor to explain
 
-from torch import Tensor
-from tqdm import tqdm
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-import augment
-import checkpoint
-import dataset
-import distributed
-import engine
-import errors
-import files
-import plots
-import scoring
-import settings
+from augment import Batch, EpochDraws, draw_epoch, make_batch
 from data import DataSet
-from learner import EpochResult, Learner
-from model import count_parameters
-from record import Follower, Record, duration
-
-STOPPED_BY_TIME = 3  # exit status
-LONG = 4 * 3600.0  # seconds
-
-
-class Stopped(Exception):
-    """The run is to end before its last epoch; the arguments are the reason and the exit status."""
+from harness import checkpoint, distributed, errors, scoring
+from harness.channel_padding import with_padded_channels
+from harness.cli import Runtime, default_run_folder, parse_train, train_parser
+from harness.images import identity, load_images
+from harness.interrupt import Interrupt, Stopped
+from harness.machine import Machine, start_machine
+from harness.metrics import hits_and_loss
+from harness.progress import Progress
+from harness.run_folder import RunFolder
+from losses import LabelSmoothingLoss
+from optim import RunningAverage, build_optimizer
+from recipes import Recipe, Stage, build_network
+from scheduler import DecayingCosineWarmRestarts
 
 
 def main(argv: list[str] | None = None) -> int:
-    recipe, runtime = settings.parse(argv)
-    deadline = time.monotonic() + (runtime.max_minutes * 60 or math.inf)
-    _, world, _ = distributed.place()
-    for stage in recipe.stages:
-        if stage.epochs and stage.batch % world:
-            settings.build_parser().error(f"--batch {stage.batch} cannot be shared equally by {world} processes")
-    machine = engine.start(runtime)
+    recipe, runtime = parse_train(argv)
+    interrupt = Interrupt(runtime.max_minutes, distributed.rank_and_world()[1])
+    machine = start_machine(runtime)
     with distributed.leader_first():
-        found, train, val = dataset.load(recipe, runtime.data_dir, runtime.images)
-    largest = max(stage.batch for stage in recipe.stages if stage.epochs)
-    if largest > len(train) * recipe.views:
-        settings.build_parser().error(f"--batch {largest} is more than an epoch's {len(train) * recipe.views} samples")
+        dataset, train, val = load_images(recipe, runtime.data_dir, runtime.images)
+    samples = len(train) * recipe.views_per_image
+    if any(stage.epochs and stage.batch > samples for stage in recipe.stages):
+        train_parser().error(f"--batch is more than an epoch's {samples} samples")
     try:
-        learner = Learner(recipe, len(found.classes), machine)
+        trainer = Trainer(recipe, len(dataset.classes), machine)
     except ValueError as error:
-        settings.build_parser().error(f"{error}: give smaller --layers or --planes, or a larger --budget")
-    folder, kind = settings.run_folder(recipe, runtime), Record if machine.leads else Follower
-    record = kind(folder, recipe, found.classes, dataset.identity(found, train, val))
-    with files.held(folder, wait=False) if machine.leads else contextlib.nullcontext():
-        return Run(runtime, learner, record, found, train, val).go(deadline)
+        train_parser().error(str(error))
+    run = RunFolder(
+        default_run_folder(recipe, runtime), recipe, dataset.classes, identity(dataset, train, val), machine
+    )
+    with run.locked():
+        return fit(trainer, run, dataset, train, val, runtime, interrupt)
 
 
-class Run:
-    """One run: the recipe, the machine, the data on it, what is learnt, and the record of it."""
+def fit(
+    trainer: "Trainer",
+    run: RunFolder,
+    dataset: DataSet,
+    train: Tensor,
+    val: Tensor,
+    runtime: Runtime,
+    interrupt: Interrupt,
+) -> int:
+    """Begin or continue a run, train to the end of the recipe or until interrupted; returns the exit status."""
+    status = 0
+    begin_or_continue(trainer, run, len(train), runtime)
+    interrupt.listen()
+    try:
+        with interrupt.before_peer_loss():
+            train_stages(trainer, run, dataset, train, val, interrupt)
+    except Stopped as stop:
+        reason, status = stop.args
+        print(f"stopped: {reason}")
+    run.finish(trainer.net)
+    if status:
+        without = " without --overwrite" if runtime.overwrite else ""
+        print(f"the same command{without} continues this run")
+    return status
 
-    def __init__(
-        self, runtime: settings.Runtime, learner: Learner, record: Record, found: DataSet, train: Tensor, val: Tensor
-    ) -> None:
-        self.runtime, self.learner, self.record, self.train = runtime, learner, record, train
-        self.recipe, self.machine = learner.recipe, learner.engine
-        device = self.machine.device
-        self.images, self.labels, self.val = found.images.to(device), found.labels.to(device), val.to(device)
-        self.signal = 0
 
-    def go(self, deadline: float) -> int:
-        """Begin or continue, train to the end of the recipe or the deadline, and say what came of it.
+def begin_or_continue(trainer: "Trainer", run: RunFolder, images: int, runtime: Runtime) -> None:
+    """Put the trainer into the state that the run folder holds, if any; else start from --init, or from scratch."""
+    recipe = trainer.recipe
+    with distributed.leader_first():
+        state = run.resume(runtime.overwrite, runtime.tensorboard)
+    if distributed.max_over_ranks(run.epochs_done) != run.epochs_done:
+        raise errors.RunError(f"{run.folder} is not one and the same folder for all processes")
+    if run.epochs_done == recipe.epochs:
+        print("this run is finished; --overwrite starts anew")
+        return
+    stage_index, epoch = recipe.stage_and_epoch(run.epochs_done)
+    source = run.folder / "last.pt" if state else recipe.init
+    with checkpoint.mismatch_reported(source):
+        if state:
+            trainer.net.load_state_dict(state["model"])
+        elif recipe.init:
+            trainer.net.load_state_dict(checkpoint.load_network(recipe.init).model.state_dict())
+        if epoch:  # within a stage; between two stages the weights alone go on
+            trainer.begin_stage(recipe.stages[stage_index], images)
+            trainer.restore(state)
+    run.write_config(runtime, trainer.net)
+    print(f"{run.folder}: {recipe.name}, {run.epochs_done} of {recipe.epochs} epochs done")
+    print(trainer.machine, flush=True)
 
-        `deadline`: on the clock of `time.monotonic`. Returns the exit status.
-        """
-        record, status = self.record, 0
-        self.open()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
-        try:
-            self.epochs(deadline)
-        except Stopped as stop:
-            reason, status = stop.args
-            print(f"stopped: {reason}")
-        record.finish(self.learner.net, self.machine)
-        if status:
-            without = " without --overwrite" if self.runtime.overwrite else ""
-            print(f"the same command{without} continues this run")
-        return status
 
-    def epochs(self, deadline: float) -> None:
-        """The one loop. Raises Stopped where it ends before the recipe does."""
-        record, recipe = self.record, self.recipe
-        try:
-            while record.done < recipe.epochs:
-                seconds = self.epoch(*recipe.locate(record.done))
-                self.look_at_clock(seconds, deadline)
-            distributed.leave()
-        except distributed.Lost:
-            self.look_at_signal()  # which came to all processes, but in different steps
-            raise
-
-    def on_signal(self, number: int, _: Any) -> None:
-        """Remember the signal for the end of the step; a second one ends the process at once."""
-        self.signal = number
-        # torchrun passes on what a terminal has sent to all processes already; it ends by itself who takes long
-        again = signal.SIG_DFL if self.machine.world == 1 else signal.SIG_IGN
-        for either in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(either, again)
-
-    def look_at_signal(self) -> None:
-        """Raise Stopped where a signal has come."""
-        if self.signal:
-            name = signal.Signals(self.signal).name
-            raise Stopped(f"{name} came; the epoch in flight is dropped", 128 + self.signal)
-
-    def look_at_clock(self, seconds: float, deadline: float) -> None:
-        """Raise Stopped where the next epoch, judged by the `seconds` of the last one, would end after the deadline.
-
-        Of several processes all stop where one would; none goes on before the leader has committed the epoch.
-        """
-        done, late = self.record.done, False
-        if done < self.recipe.epochs:
-            seconds *= (self.recipe.size(done) / self.recipe.size(done - 1)) ** 2
-            late = time.monotonic() + seconds > deadline
-        if distributed.largest(late):
-            limit = f"--max-minutes {self.runtime.max_minutes:g}"
-            raise Stopped(f"another epoch would overrun {limit}", STOPPED_BY_TIME)
-
-    def open(self) -> None:
-        """Take up the run folder's state, or set up a fresh one, and say how things stand."""
-        record, recipe, learner = self.record, self.recipe, self.learner
-        with distributed.leader_first():
-            state = record.open(self.runtime.overwrite, self.runtime.tensorboard)
-        if distributed.largest(record.done) != record.done:
-            raise errors.RunError(f"{record.folder} is not one and the same folder for all processes")
-        if record.done == recipe.epochs:
-            print("this run is finished; --overwrite starts anew")
-            return
-        number, epoch = recipe.locate(record.done)
-        try:
-            if state is not None:
-                learner.net.load_state_dict(state["model"])
-            elif recipe.init:
-                learner.net.load_state_dict(checkpoint.load_network(Path(recipe.init)).model.state_dict())
-            if epoch:
-                learner.begin(recipe.stages[number], len(self.train))
-                learner.restore(state)
-        except checkpoint.MISFITS as error:
-            source = recipe.init if state is None else record.folder / "last.pt"
-            raise errors.RunError(f"{source} does not fit this network: {checkpoint.first_words(error)}") from error
-        record.write_config(self.runtime, self.machine, count_parameters(learner.net))
-        seconds = self.machine.predict_seconds(recipe, learner.net, len(self.train), record.done)
-        print(f"{record.folder}: {recipe.name}, {record.done} of {recipe.epochs} epochs done")
-        print(f"{self.machine}: predicted {duration(seconds)} for the remaining epochs")
-        if self.machine.device.type == "cpu" and seconds > LONG:
-            cpu = settings.RECIPES["cpu"]
-            shorter = self.machine.predict_seconds(cpu, checkpoint.network(cpu, len(record.classes)), len(self.train))
-            print(f"that is long for a CPU; predicted for --recipe cpu: {duration(shorter)}, for --demo: one minute")
-
-    def epoch(self, number: int, epoch: int) -> float:
-        """One epoch of a stage, both counted from 0: train, validate, commit, show. Returns its seconds."""
-        recipe, learner, record = self.recipe, self.learner, self.record
-        stage, began = recipe.stages[number], time.monotonic()
+def train_stages(
+    trainer: "Trainer", run: RunFolder, dataset: DataSet, train: Tensor, val: Tensor, interrupt: Interrupt
+) -> None:
+    """The two-stage loop, for the original 300 epochs at 70 px and 140 at 120 px. Raises Stopped to end early."""
+    recipe, machine = trainer.recipe, trainer.machine
+    images, labels, val = (tensor.to(machine.device) for tensor in (dataset.images, dataset.labels, val))
+    progress = Progress(machine, recipe, trainer.net, len(train), len(dataset.classes))
+    while run.epochs_done < recipe.epochs:
+        began = time.monotonic()
+        stage_index, epoch = recipe.stage_and_epoch(run.epochs_done)
+        stage = recipe.stages[stage_index]
+        size = stage.crop_size_at(epoch)
         if epoch == 0:
-            learner.begin(stage, len(self.train))
-        draws = augment.draw(self.train, recipe.views, stage.batch, recipe.view, (recipe.seed, number, epoch))
-        draws = draws.to(self.machine.device)
-        size, lr = stage.size(epoch), learner.optimizer.param_groups[0]["lr"]
-        if epoch == 0 and self.machine.leads:
-            self.sheet(draws, number, size)
-        result = self.train_epoch(draws, stage, size)
-        trained = time.monotonic() - began
-        val_loss, val_accuracy = self.validate(stage.eval_size)
-        self.check(result, val_loss)
-        row = {
-            "stage": number + 1,
-            "epoch": record.done + 1,
-            "lr": lr,
-            "train_loss": result.losses.double().mean().item(),
-            "train_accuracy": result.hits / result.samples,
-            "val_loss": val_loss,
-            "val_accuracy": val_accuracy,
-            "seconds": time.monotonic() - began,
-            "samples_per_second": result.samples / trained,
-        }
-        after = next((later for later in recipe.stages[number + 1 :] if later.epochs), None)
-        if epoch + 1 == stage.epochs and after is not None and len(self.val):
-            _, accuracy = self.validate(after.eval_size)
-            record.crossings.append({"epoch": row["epoch"], "eval_size": after.eval_size, "val_accuracy": accuracy})
-        record.commit(row, learner.state())
-        record.draw(now=False)
-        if epoch == 0 and stage.epochs > 1:
-            rest = sum(stage.size(e) ** 2 for e in range(1, stage.epochs)) / size**2 * row["seconds"]
-            end = datetime.datetime.now() + datetime.timedelta(seconds=rest)
-            print(f"stage {number + 1} ends about {end:%A %H:%M} at this rate")
-        return row["seconds"]
+            trainer.begin_stage(stage, len(train))
+        seed = (recipe.seed, stage_index, epoch)
+        draws = draw_epoch(train, recipe.views_per_image, stage.batch, recipe.augmentation, seed).to(machine.device)
+        if epoch == 0:
+            run.draw_views(stage_index, images, labels, draws, size)
+        rate = trainer.learning_rate
+        with distributed.peer_loss_reported(), progress.epoch(run.epochs_done, run.rows) as tick:
 
-    def train_epoch(self, draws: augment.Draws, stage: settings.Stage, size: int) -> EpochResult:
-        """Train on an epoch's draws behind a progress bar, which shows the epoch before: it must not wait."""
-        record = self.record
-        before = f"loss {record.rows[-1]['train_loss']:.3f}" if record.rows else ""
-        steps = len(draws.order) // stage.batch
-        title = f"epoch {record.done + 1}/{self.recipe.epochs}"
-        hidden = None if self.machine.leads else True  # None: hidden where there is no terminal
-        with (
-            tqdm(total=steps, desc=title, postfix=before, unit="batch", leave=False, disable=hidden) as bar,
-            distributed.noticing(),
-        ):
+            def after_step() -> None:
+                tick()
+                interrupt.stop_if_signalled()
 
-            def tick() -> None:
-                bar.update()
-                self.look_at_signal()
-
-            return self.learner.train_epoch(self.images, self.labels, draws, stage, size, tick)
-
-    def validate(self, size: int) -> tuple[float | None, float | None]:
-        """Loss and accuracy of the scored network on the validation images at `size` px.
-
-        None without images, and in processes that follow.
-        """
-        if not len(self.val) or not self.machine.leads:
-            return None, None
-        scores = scoring.logits(
-            self.learner.scored,
-            self.images[self.val],
-            size,
-            mirror=self.recipe.mirror,
-            precision=self.machine.precision,
+            result = trainer.train_epoch(images, labels, draws, stage, size, after_step)
+        val_loss, val_accuracy = trainer.validate(images, labels, val, stage.eval_size)
+        run.require_finite(result.losses, result.finite, val_loss)  # nothing of the epoch is committed yet
+        run.commit(
+            {
+                "stage": stage_index + 1,
+                "epoch": run.epochs_done + 1,
+                "lr": rate,
+                "train_loss": result.losses.double().mean().item(),
+                "train_accuracy": result.hits / result.samples,
+                "val_loss": val_loss,
+                "val_accuracy": val_accuracy,
+                "seconds": time.monotonic() - began,
+                "samples_per_second": progress.samples_per_second,
+            },
+            trainer.state(),
         )
-        hits, loss = scoring.hits_and_loss(scores, self.labels[self.val])
-        return loss.item(), hits.item() / len(self.val)
+        if run.epochs_done < recipe.epochs:
+            growth = (recipe.crop_size_at(run.epochs_done) / size) ** 2
+            interrupt.stop_if_out_of_time((time.monotonic() - began - progress.cold_seconds) * growth)
+    distributed.leave()
 
-    def check(self, result: EpochResult, val_loss: float | None) -> None:
-        """Raise RunError where a number went wrong in the epoch: nothing of it has been committed yet."""
-        bad = (~result.losses.isfinite()).nonzero()
-        if len(bad):
-            what = f"the loss of step {int(bad[0]) + 1}"
-        elif not result.finite:
-            what = "a weight, running statistic or optimiser value after the last step"
-        elif val_loss is not None and not math.isfinite(val_loss):
-            what = "the validation loss"
+
+class EpochResult(NamedTuple):
+    """Of one epoch's steps: losses float32 (steps,), right answers, samples seen; is all that was learnt finite?"""
+
+    losses: Tensor
+    hits: int
+    samples: int
+    finite: bool
+
+
+class Trainer:
+    """A recipe's network on a machine, trained epoch by epoch; `state` and `restore` carry it across interruptions."""
+
+    def __init__(self, recipe: Recipe, classes: int, machine: Machine) -> None:
+        self.recipe, self.machine = recipe, machine
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            self.net = build_network(recipe, classes)
+        self.net.to(machine.device, memory_format=torch.channels_last)
+        if machine.compile:
+            step_model = machine.compiled(self.net)
+        elif machine.device.type == "cpu":
+            step_model = with_padded_channels(self.net, recipe, classes)
         else:
-            return
-        folder, done = self.record.folder, self.record.done
-        way_out = "Try a lower --lr or --precision fp32"
-        if done:
-            way_out += f", with another --out; --init {folder / 'last.pt'} starts from the weights of epoch {done}"
-        raise errors.RunError(f"{what} of epoch {done + 1} is not a finite number, so the run has stopped. {way_out}")
+            step_model = self.net
+        self.step_model = distributed.parallel(step_model)  # shares its weights with `net`
+        self.loss = LabelSmoothingLoss(classes, recipe.label_smoothing, reduction="none")
+        self.average: RunningAverage | None = None
+        self.optimizer: torch.optim.Optimizer
+        self.schedule: LRScheduler
 
-    def sheet(self, draws: augment.Draws, number: int, size: int) -> None:
-        """Draw the first views of a stage, as the network will see them."""
-        index = draws.order[:32]
-        views = augment.view(
-            self.images[index], draws.uniforms[:32], draws.colour_orders[0], size, self.recipe.view
-        ).cpu()
-        names = [self.record.classes[label] for label in self.labels[index].tolist()]
-        heading = f"{self.record.folder.name}, stage {number + 1}: training views at {size} px"
-        plots.sample_sheet(
-            self.record.folder / f"views-stage{number + 1}.png", views.numpy(), names, columns=8, heading=heading
+    @property
+    def eval_model(self) -> nn.Module:
+        """The network that is scored and kept: the average if the recipe keeps one."""
+        return self.net if self.average is None else self.average.net
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the next step, of all but Muon's filters."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def begin_stage(self, stage: Stage, images: int) -> None:
+        """Start a stage over `images` training images: the weights stay; optimiser, schedule and average are new."""
+        recipe = self.recipe
+        self.optimizer = build_optimizer(recipe, stage, self.net, self.machine.precision)
+        if recipe.schedule == "restarts":  # by epoch
+            self.schedule = DecayingCosineWarmRestarts(
+                self.optimizer, recipe.cycle, recipe.cycle_growth, recipe.cycle_decay
+            )
+        else:  # by step
+            steps = images * recipe.views_per_image // stage.batch
+            self.schedule = LambdaLR(self.optimizer, lambda step: recipe.learning_rate(stage, step / steps) / stage.lr)
+        if recipe.average:
+            self.average = RunningAverage(self.net, recipe.average)
+
+    def train_epoch(
+        self, images: Tensor, labels: Tensor, draws: EpochDraws, stage: Stage, size: int, tick: Callable[[], None]
+    ) -> EpochResult:
+        """One pass over the drawn samples: uint8 images (N, 3, H, W) and int64 labels (N,) on the device.
+
+        Nothing waits for the device before the end; `tick` is called after each step and may raise to stop.
+        Of several processes each takes its share of every batch, and mixes samples within that share only. BatchNorm
+        normalises by the share, too, and keeps the leader's running statistics. The result is that of all shares.
+        """
+        self.net.train()
+        steps = len(draws.order) // stage.batch
+        losses = torch.zeros(steps, device=images.device)
+        hits = torch.zeros((), dtype=torch.int64, device=images.device)
+        for step in range(steps):
+            rows = self.machine.share_of_batch(step, stage.batch)
+            batch = make_batch(images, labels, draws, step, rows, size, self.recipe.augmentation)
+            losses[step], right = self.step(batch)
+            hits += right
+            tick()
+        if self.recipe.schedule == "restarts":
+            self.schedule.step()
+        return self._result(losses, hits, steps * stage.batch)
+
+    def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Learn from one batch: network, loss, backward pass, update. Mean loss and right answers, on the device."""
+        with self.machine.autocast():
+            logits = self.step_model(batch.x.contiguous(memory_format=torch.channels_last))
+        logits = logits.float()
+        loss, labels = self.loss(logits, batch.labels), batch.labels
+        if self.recipe.augmentation.mixes:
+            share = batch.own_share
+            loss = share * loss + (1 - share) * self.loss(logits, batch.other_labels)
+            labels = torch.where(share >= 0.5, labels, batch.other_labels)
+        loss = loss.mean()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.recipe.schedule == "cosine":
+            self.schedule.step()
+        if self.average is not None:
+            self.average.update()
+        return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+
+    def _result(self, losses: Tensor, hits: Tensor, samples: int) -> EpochResult:
+        """Fetch an epoch's figures from the device, all at once, and put those of all processes together."""
+        together = torch.cat([losses.double(), hits.double()[None], self._all_finite().double()[None]])
+        together, world = distributed.sum_over_ranks(together.cpu()), self.machine.world
+        return EpochResult((together[:-2] / world).float(), int(together[-2]), samples, bool(together[-1] == world))
+
+    def _all_finite(self) -> Tensor:
+        """Whether all numbers that a checkpoint would keep are finite: bool, 0-dim, on the device."""
+        kept = [*self.net.state_dict().values(), *self.eval_model.state_dict().values()]
+        kept += [value for of_parameter in self.optimizer.state.values() for value in of_parameter.values()]
+        largest = torch._foreach_norm([x for x in kept if torch.is_tensor(x) and x.is_floating_point()], math.inf)
+        return torch.stack(largest).isfinite().all()
+
+    def validate(self, images: Tensor, labels: Tensor, val: Tensor, size: int) -> tuple[float | None, float | None]:
+        """Loss and accuracy on the images `val` (indices), clean, at `size` px, in eval mode.
+
+        None without images, and in processes that do not lead.
+        """
+        if not len(val) or not self.machine.leads:
+            return None, None
+        logits = scoring.logits(
+            self.eval_model, images[val], size, mirror=self.recipe.mirror, precision=self.machine.precision
         )
+        hits, loss = hits_and_loss(logits, labels[val])
+        return loss.item(), hits.item() / len(val)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that continues the training, as plain values and tensors."""
+        return {
+            "model": self.net.state_dict(),
+            "average": None if self.average is None else self.average.net.state_dict(),
+            "averaged": 0 if self.average is None else self.average.updates,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`, after `begin_stage`. Raises what `MISMATCH_ERRORS` lists."""
+        self.net.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.net.load_state_dict(state["average"])
+            self.average.updates = state["averaged"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@ import os
 import signal
 from pathlib import Path
 
-import pytest
-
 import demo
 import plots
+import pytest
+
 import train
 
 

@@ -36,11 +36,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import checkpoint  # noqa: E402
-import data  # noqa: E402
 import dataset  # noqa: E402
 import demo  # noqa: E402
 import errors  # noqa: E402
 import plots  # noqa: E402
+
+import data  # noqa: E402
 import train  # noqa: E402
 
 CLOCK = ("seconds", "samples_per_second")

@@ -1,4 +1,4 @@
-"""Views against torchvision's functional operations and samplers, and against closed forms."""
+"""ViewOptions against torchvision's functional operations and samplers, and against closed forms."""
 
 import math
 import os
@@ -15,9 +15,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 import augment
-from augment import COLUMNS, ViewParameters, Views, erase, mix, normalise, view, view_parameters
+from augment import COLUMNS, ViewOptions, ViewParameters, erase, mix, normalise, view, view_parameters
 
-NO_COLOUR = Views(brightness=0, contrast=0, saturation=0, hue=0)
+NO_COLOUR = ViewOptions(brightness=0, contrast=0, saturation=0, hue=0)
 PLAIN = replace(NO_COLOUR, crop_scale=(1, 1), crop_ratio=(1, 1), rotation=0, hflip=0, vflip=0)
 FIRST_ORDER = (0, 1, 2, 3)
 
@@ -82,7 +82,9 @@ def test_colours_and_flips_of_a_whole_image_agree_with_torchvision_in_every_orde
             expected = getattr(tv, f"adjust_{name}")(expected, getattr(p, name)[i].item())
         expected = tv.horizontal_flip(expected) if p.hflip[i] else expected
         expected = tv.vertical_flip(expected) if p.vflip[i] else expected
-        torch.testing.assert_close(result, expected, rtol=0, atol=2e-5)  # sampling positions are rounded to 1e-7 × 96
+        torch.testing.assert_close(
+            result, expected, rtol=0, atol=2e-5
+        )  # sampling positions are padded_widths to 1e-7 × 96
 
 
 def test_normalise_agrees_with_torchvision():
@@ -140,9 +142,10 @@ def test_sampling_of_a_ramp_is_its_closed_form():
         source_x = width / 2 + math.cos(angle) * dx - math.sin(angle) * dy
         source_y = height / 2 + math.sin(angle) * dx + math.cos(angle) * dy
         inside = (source_x >= 0) & (source_x <= width) & (source_y >= 0) & (source_y <= height)
-        unsure = torch.minimum(source_x, width - source_x).abs().minimum(
-            torch.minimum(source_y, height - source_y).abs()
-        ) < 1e-4
+        unsure = (
+            torch.minimum(source_x, width - source_x).abs().minimum(torch.minimum(source_y, height - source_y).abs())
+            < 1e-4
+        )
         pixel_x, pixel_y = (source_x - 0.5).clamp(0, width - 1), (source_y - 0.5).clamp(0, height - 1)
         expected = torch.stack((2 * pixel_x, 3 * pixel_y, 255 - pixel_x - pixel_y)) * inside
         torch.testing.assert_close(result[i] * ~unsure, expected * ~unsure, rtol=0, atol=2e-3)
@@ -248,11 +251,12 @@ def test_a_view_does_not_depend_on_its_batch_nor_on_the_pieces_it_is_made_in(mon
 )
 def test_a_bad_option_is_named(name, value):
     with pytest.raises(ValueError, match=name):
-        Views(**{name: value})
+        ViewOptions(**{name: value})
 
 
 @pytest.mark.parametrize(
-    "views", [ORIGINAL, PLAIN, Views(erase=0.5, mixup=0.2), Views(erase=0.5, mixup=0.2, cutmix=1.0, rotation=0)]
+    "views",
+    [ORIGINAL, PLAIN, ViewOptions(erase=0.5, mixup=0.2), ViewOptions(erase=0.5, mixup=0.2, cutmix=1.0, rotation=0)],
 )
 def test_all_stays_on_the_device_and_nothing_waits_for_it(views):
     """Fake CUDA tensors refuse to meet tensors of the CPU and to be read from the host."""
@@ -270,7 +274,7 @@ def test_all_stays_on_the_device_and_nothing_waits_for_it(views):
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_gpu_gives_the_same_views_without_waiting():
-    views = Views(erase=0.5, mixup=0.2, cutmix=1.0)
+    views = ViewOptions(erase=0.5, mixup=0.2, cutmix=1.0)
     images, uniforms, lam, labels = noise(64), random_uniforms(64), torch.rand(64), torch.arange(64)
 
     def batch(device: str) -> list[torch.Tensor]:

@@ -2,15 +2,15 @@ import dataclasses
 import json
 import types
 
+import demo
 import pytest
+import sides
 import torch
+from settings import RECIPES, Runtime
 from torchvision import transforms
 
 import augment
 import benchmark
-import demo
-import sides
-from settings import RECIPES, Runtime
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def point(size: int, classic: list[float], ours: list[float]) -> dict:
     }
 
 
-@pytest.mark.parametrize("side", [sides.Classic, sides.Ours])
+@pytest.mark.parametrize("side", [sides.Baseline, sides.ThisProject])
 def test_both_sides_train_and_score_what_a_job_asks_for(side, small, monkeypatch):
     trained = []
     step = torch.optim.Adam.step
@@ -51,12 +51,12 @@ def test_both_sides_train_and_score_what_a_job_asks_for(side, small, monkeypatch
         trained.clear()
         getattr(mine, method)()
         assert len(trained) == steps, method
-    net = mine.net if side is sides.Classic else mine.learner.net
+    net = mine.net if side is sides.Baseline else mine.learner.net
     assert net.training and net.bn1.num_batches_tracked == 4
 
 
 def test_the_classic_loader_delivers_the_recipes_views(small):
-    mine = sides.Classic(job(size=48))
+    mine = sides.Baseline(job(size=48))
     batches = list(mine.loader)
     assert [tuple(x.shape) for x, _ in batches] == [(4, 3, 48, 48)] * 2
     assert sorted(torch.cat([labels for _, labels in batches]).tolist()) == sorted(mine.pictures.labels[:8].tolist())
@@ -68,7 +68,7 @@ def test_the_classic_loader_delivers_the_recipes_views(small):
 
 
 def test_classic_views_are_the_original_ones():
-    rotation, crop, colour, hflip, vflip = sides.classic_views(augment.Views(), 70)
+    rotation, crop, colour, hflip, vflip = sides.classic_views(augment.ViewOptions(), 70)
     assert rotation.degrees == [-45, 45] and rotation.interpolation is transforms.InterpolationMode.NEAREST
     assert (crop.size, crop.scale, crop.ratio) == ((70, 70), (0.08, 1.0), (3 / 4, 4 / 3))
     assert crop.interpolation is transforms.InterpolationMode.BILINEAR and crop.antialias

@@ -11,16 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import faults
-import pytest
-import torch
-
 import checkpoint
 import errors
+import faults
 import plots
-import train
+import pytest
+import torch
 from checkpoint import Damaged
 from errors import RunError
+
+import train
 
 FLAGS = "--demo --threads 1 --precision fp32 --no-compile --epochs 3 1 --crop-size 32 32 --eval-size 32 40"
 FLAGS += " --batch 32 32 --lr 0.02 0.01 --planes 4 4 8 --vflip 0"  # as in conftest.py

@@ -3,15 +3,15 @@ import dataclasses
 import json
 from pathlib import Path
 
-import pytest
-
 import commands
-import compare
 import errors
 import plots
+import pytest
 from record import COLUMNS
 from scoring import wilson
 from settings import RECIPES
+
+import compare
 
 
 def make_run(folder: Path, accuracies: list[float | None], **recipe: object) -> Path:

@@ -6,13 +6,13 @@ import random
 import threading
 from pathlib import Path
 
+import files
 import numpy as np
 import pytest
 import torch
+from errors import RunError
 
 import data
-import files
-from errors import RunError
 
 DEFAULT_VAL_SHA256 = "269aa1cd2834e192f31738f7754a0d951efd21597a88b80b33187ed29a72b4d6"  # int64 indices, ascending
 FILES = ("train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin")
@@ -267,10 +267,10 @@ def test_a_second_process_waits_for_the_folder(tmp_path):
     entered = threading.Event()
 
     def enter() -> None:
-        with files.held(tmp_path / "pictures", wait=True):
+        with files.locked(tmp_path / "pictures", wait=True):
             entered.set()
 
-    with files.held(tmp_path / "pictures", wait=True) as folder:
+    with files.locked(tmp_path / "pictures", wait=True) as folder:
         assert folder == tmp_path / "pictures" and folder.is_dir()
         second = threading.Thread(target=enter)
         second.start()

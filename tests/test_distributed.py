@@ -12,20 +12,20 @@ from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 
-import faults
-import pytest
-import torch
-from torch import nn
-
-import augment
 import checkpoint
 import distributed
 import errors
+import faults
 import learner
-import train
-from engine import Engine
-from model import build_model
+import pytest
+import torch
+from engine import Machine
 from settings import RECIPES, Stage
+from torch import nn
+
+import augment
+import train
+from model import build_model
 
 CONTEXT = multiprocessing.get_context("forkserver")
 LIMIT = 100  # seconds
@@ -107,7 +107,7 @@ def test_leaves_what_an_ordinary_run_leaves(whole: Path, tmp_path: Path) -> None
 
 def at_step(number: int, *actions: faults.Prepare) -> tuple[faults.Prepare, ...]:
     """Have the actions happen in the `number`-th step of the run, from 1."""
-    return tuple(functools.partial(faults.before, "learner.Learner._step", number, action) for action in actions)
+    return tuple(functools.partial(faults.before, "learner.Trainer._step", number, action) for action in actions)
 
 
 TERM, KILL = (functools.partial(faults.send, number) for number in (signal.SIGTERM, signal.SIGKILL))
@@ -118,7 +118,7 @@ FAULTS = {
     "SIGTERM while the leader saves and the follower waits": (
         {
             0: (functools.partial(faults.before, "checkpoint.save", 1, TERM),),
-            1: (functools.partial(faults.before, "distributed.largest", 4, TERM),),
+            1: (functools.partial(faults.before, "distributed.max_over_ranks", 4, TERM),),
         },
         [],
         [143, 143],
@@ -173,7 +173,7 @@ def _one_step(rank: int, folder: Path, world: int) -> None:
     checkpoint.network = lambda *_: build_model((1, 1, 1), planes=(4, 4, 4), norm_layer=nn.Identity)
     distributed.join(torch.device("cpu"))
     recipe, stage = RECIPES["original"], Stage(epochs=1, crop_size=(32,), eval_size=32, batch=8, lr=0.1)
-    mine = learner.Learner(recipe, 10, Engine(torch.device("cpu"), torch.float32, False, rank, world))
+    mine = learner.Trainer(recipe, 10, Machine(torch.device("cpu"), torch.float32, False, rank, world))
     mine.begin(stage, 8)
     gradients: dict[str, torch.Tensor] = {}
 
@@ -182,7 +182,7 @@ def _one_step(rank: int, folder: Path, world: int) -> None:
 
     mine.optimizer.step = keep
     images = torch.randint(256, (8, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    draws = augment.draw(torch.arange(8), 1, 8, recipe.view, (0, 0, 0))
+    draws = augment.draw_epoch(torch.arange(8), 1, 8, recipe.augmentation, (0, 0, 0))
     result = mine.train_epoch(images, torch.arange(8), draws, stage, 32, lambda: None)
     torch.save((gradients, result.losses, result.hits, result.samples), folder / f"{rank} of {world}")
 
@@ -199,7 +199,7 @@ def test_averaged_gradient_is_that_of_the_whole_batch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_shares_are_equal_and_make_up_the_epoch(world: int) -> None:
-    machines = [Engine(torch.device("cpu"), torch.float32, False, rank, world) for rank in range(world)]
+    machines = [Machine(torch.device("cpu"), torch.float32, False, rank, world) for rank in range(world)]
     shares = [range(24)[machine.rows(step, 8)] for step in range(3) for machine in machines]
     assert [row for share in shares for row in share] == list(range(24))
     assert {len(share) for share in shares} == {8 // world}
@@ -209,7 +209,7 @@ def test_half_an_environment_is_explained(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(errors.RunError, match="start with torchrun"):
-        distributed.place()
+        distributed.rank_and_world()
 
 
 def test_torchrun(tmp_path: Path) -> None:

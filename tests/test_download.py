@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import download
 import pytest
+from errors import RunError
 
 import data
-import download
-from errors import RunError
 
 NAMES = ("test_X.bin", "test_y.bin", "train_X.bin", "train_y.bin")
 NOISE = random.Random(0)

@@ -10,7 +10,7 @@ from samples import DRAWS, ORIGINAL, ks_distance, random_uniforms
 from torchvision.transforms import v2
 
 import augment
-from augment import COLUMNS, Views, draw, view_parameters
+from augment import COLUMNS, ViewOptions, draw, view_parameters
 
 CLOSE = 0.02  # of two samples of one distribution, about one pair in 1,500 is further apart
 
@@ -30,7 +30,7 @@ def test_crops_are_distributed_as_torchvisions(height, width, scale, ratio):
     sampler = v2.RandomResizedCrop(8, scale, ratio)
     theirs = [sampler.make_params([image]) for _ in range(DRAWS)]
     theirs = {name: np.array([crop[name] for crop in theirs]) for name in ("top", "left", "height", "width")}
-    p = view_parameters(random_uniforms(DRAWS), height, width, Views(crop_scale=scale, crop_ratio=ratio))
+    p = view_parameters(random_uniforms(DRAWS), height, width, ViewOptions(crop_scale=scale, crop_ratio=ratio))
     ours = {"top": p.top, "left": p.left, "height": p.crop_height, "width": p.crop_width}
     ours = {name: values.double().numpy() for name, values in ours.items()}
     for crops in (ours, theirs):
@@ -53,7 +53,7 @@ def test_crops_are_distributed_as_torchvisions(height, width, scale, ratio):
 )
 def test_fallback_crop_is_torchvisions(height, width, scale, ratio):
     expected = v2.RandomResizedCrop(8, scale, ratio).make_params([torch.empty(3, height, width)])
-    p = view_parameters(random_uniforms(50), height, width, Views(crop_scale=scale, crop_ratio=ratio))
+    p = view_parameters(random_uniforms(50), height, width, ViewOptions(crop_scale=scale, crop_ratio=ratio))
     for values, name in ((p.top, "top"), (p.left, "left"), (p.crop_height, "height"), (p.crop_width, "width")):
         assert (values == expected[name]).all(), name
 
@@ -105,8 +105,8 @@ def test_all_colour_orders_occur_equally_often():
 
 
 def test_equal_seeds_give_equal_draws_and_others_do_not():
-    def drawn(*seed: int) -> augment.Draws:
-        return draw(torch.arange(50), 2, 16, Views(mixup=0.2), seed)
+    def drawn(*seed: int) -> augment.EpochDraws:
+        return draw(torch.arange(50), 2, 16, ViewOptions(mixup=0.2), seed)
 
     first, again = drawn(0, 1, 2), drawn(0, 1, 2).to("cpu")
     assert torch.equal(first.order, again.order) and torch.equal(first.uniforms, again.uniforms)
@@ -117,6 +117,8 @@ def test_equal_seeds_give_equal_draws_and_others_do_not():
 
 
 def test_options_do_not_change_the_other_draws():
-    plain, mixed = (draw(torch.arange(50), 2, 16, views, (0,)) for views in (ORIGINAL, Views(cutmix=1.0, hflip=0)))
+    plain, mixed = (
+        draw(torch.arange(50), 2, 16, views, (0,)) for views in (ORIGINAL, ViewOptions(cutmix=1.0, hflip=0))
+    )
     assert torch.equal(plain.order, mixed.order) and torch.equal(plain.uniforms, mixed.uniforms)
     assert plain.colour_orders == mixed.colour_orders and not torch.equal(plain.mix, mixed.mix)

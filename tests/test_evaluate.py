@@ -4,21 +4,21 @@ import shutil
 import statistics
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-from PIL import Image
-
 import checkpoint
-import data
 import dataset
 import errors
-import evaluate
+import numpy as np
 import plots
+import pytest
 import report
 import scoring
-import testcount
+import scoring_ledger
+import torch
 from errors import RunError
+from PIL import Image
+
+import data
+import evaluate
 
 PICTURES = {"confusion.png", "per_class.png", "mistakes.png", "reliability.png"}
 SAVE = plots._save
@@ -197,7 +197,7 @@ def test_scoring_on_test_is_counted(tiny_run, altered, capsys):
         assert ("was scored on test" in said.err) == (times > 1)
         if times == 3:
             assert "2 times before" in said.err
-        scorings = json.loads((folder / testcount.FILE).read_text())
+        scorings = json.loads((folder / scoring_ledger.FILE).read_text())
         assert len(scorings) == times
         facts = {"accuracy": accuracy, "size": size, "views": "none", "ensemble_of": 1}
         assert facts.items() <= scorings[-1].items()
@@ -207,10 +207,10 @@ def test_scoring_on_test_is_counted(tiny_run, altered, capsys):
 
 def test_a_broken_count_is_not_passed_over(altered, capsys):
     folder = altered()
-    (folder / testcount.FILE).write_text('{"not": "a list"}')
+    (folder / scoring_ledger.FILE).write_text('{"not": "a list"}')
     assert run(folder, "--split", "test") == 1
-    assert f"{folder / testcount.FILE}, which counts" in capsys.readouterr().err
-    assert (folder / testcount.FILE).read_text() == '{"not": "a list"}'
+    assert f"{folder / scoring_ledger.FILE}, which counts" in capsys.readouterr().err
+    assert (folder / scoring_ledger.FILE).read_text() == '{"not": "a list"}'
 
 
 @pytest.mark.parametrize("split, file", [("val", "train_X.bin"), ("test", "test_X.bin")])
@@ -291,8 +291,8 @@ def test_what_cannot_be_read_or_written_is_one_line(tiny_run, tmp_path, capsys):
 
 
 def test_the_count_refuses_what_is_no_list(tmp_path):
-    assert testcount.read(tmp_path) == []
+    assert scoring_ledger.read(tmp_path) == []
     for text in ("", "[1]", "\xff"):
-        (tmp_path / testcount.FILE).write_text(text, encoding="latin-1")
+        (tmp_path / scoring_ledger.FILE).write_text(text, encoding="latin-1")
         with pytest.raises(RunError, match="move it away"):
-            testcount.add(tmp_path, accuracy=1.0)
+            scoring_ledger.add(tmp_path, accuracy=1.0)

@@ -9,19 +9,19 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
+import checkpoint
+import dataset
+import demo
 import pytest
+import scoring
+import settings
 import torch
+from errors import RunError
 from garden import fill
 from torch import Tensor
 
 import augment
-import checkpoint
-import dataset
-import demo
 import export
-import scoring
-import settings
-from errors import RunError
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in export.ONNX_PACKAGES), reason="onnx is not installed"

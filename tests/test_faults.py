@@ -12,18 +12,18 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import checkpoint
 import faults
+import files
 import pytest
+import settings
 from faults import RECIPES, TINY, before, limit_files, run, send, tiny
 
-import checkpoint
-import files
-import settings
 import train
 
 ARGV = {name: [*flags, *TINY] for name, flags in RECIPES.items()}
 ONE = ARGV["restarts, adam"]
-STEP = "learner.Learner._step"  # two an epoch, five epochs
+STEP = "learner.Trainer._step"  # two an epoch, five epochs
 
 
 @pytest.fixture(scope="module")
@@ -146,15 +146,13 @@ def test_second_signal_ends_at_once(reference: dict[str, Path], out: list[str], 
 
 
 def test_signal_while_finishing_changes_nothing(reference: dict[str, Path], out: list[str], log: Path) -> None:
-    finish = partial(before, "record.Record.finish", 1, partial(send, signal.SIGTERM))
+    finish = partial(before, "record.RunFolder.finish", 1, partial(send, signal.SIGTERM))
     assert run([*ONE, *out], log, tiny, finish) == 0
     assert faults.differences(Path(out[1]), reference["restarts, adam"]) == []
 
 
-@pytest.mark.parametrize("moment", ["engine.start", "learner.build_optimizer", "record.Record.open"])
-def test_interrupted_before_the_first_step(
-    moment: str, reference: dict[str, Path], out: list[str], log: Path
-) -> None:
+@pytest.mark.parametrize("moment", ["engine.start", "learner.build_optimizer", "record.RunFolder.open"])
+def test_interrupted_before_the_first_step(moment: str, reference: dict[str, Path], out: list[str], log: Path) -> None:
     status = run([*ONE, *out], log, tiny, partial(before, moment, 1, partial(send, signal.SIGINT)))
     assert status in (-signal.SIGINT, 130) and "Traceback" not in log.read_text()
     continues(Path(out[1]), reference)
@@ -193,10 +191,10 @@ def test_time_limit_knows_that_larger_views_take_longer(sizes: str, stops: bool)
     [
         ("checkpoint.commit", 1, 50_000, "last.pt", 0),
         ("checkpoint.commit", 3, 50_000, "last.pt", 2),
-        ("record.Record._follow", 1, 20_000, "best.pt", 1),
-        ("record.Record._write_csv", 2, 100, "metrics.csv", 2),
-        ("record.Record.write_config", 1, 100, "config.json", 0),
-        ("record.Record._result", 1, 100, "summary.json", 5),
+        ("record.RunFolder._follow", 1, 20_000, "best.pt", 1),
+        ("record.RunFolder._write_csv", 2, 100, "metrics.csv", 2),
+        ("record.RunFolder.write_config", 1, 100, "config.json", 0),
+        ("record.RunFolder._result", 1, 100, "summary.json", 5),
     ],
 )
 def test_full_disk(
@@ -209,7 +207,7 @@ def test_full_disk(
 
 
 @pytest.mark.parametrize(
-    ("moment", "name"), [("record.Record.finish", "accuracy.png"), ("plots.sample_sheet", "views-stage1.png")]
+    ("moment", "name"), [("record.RunFolder.finish", "accuracy.png"), ("plots.sample_sheet", "views-stage1.png")]
 )
 def test_full_disk_while_plotting(moment: str, name: str, out: list[str], log: Path) -> None:
     full = partial(before, moment, 1, partial(limit_files, 100))
@@ -296,12 +294,12 @@ def test_folder_of_someone_else(mode: int, tmp_path: Path, log: Path) -> None:
 def test_two_runs_in_one_folder(out: list[str], log: Path) -> None:
     folder = Path(out[1])
     folder.mkdir()
-    with files.held(folder, wait=False):
+    with files.locked(folder, wait=False):
         assert run([*ONE, *out], log, tiny) == 1
         says(log, "another run is using", out[1])
     assert list(folder.iterdir()) == []
     assert run([*ONE, *out], log, tiny, partial(before, STEP, 1, partial(send, signal.SIGKILL))) == -signal.SIGKILL
-    with files.held(folder, wait=False):
+    with files.locked(folder, wait=False):
         pass
 
 

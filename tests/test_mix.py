@@ -7,7 +7,7 @@ import torch
 from samples import DRAWS, ORIGINAL, random_uniforms
 
 import augment
-from augment import Views, draw, erase, mix
+from augment import ViewOptions, draw, erase, mix
 
 
 def numbered(n: int, size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -15,7 +15,7 @@ def numbered(n: int, size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.arange(float(n)).view(-1, 1, 1, 1).repeat(1, 3, size, size), torch.arange(n)
 
 
-def mixing(n: int, views: Views) -> tuple[torch.Tensor, torch.Tensor]:
+def mixing(n: int, views: ViewOptions) -> tuple[torch.Tensor, torch.Tensor]:
     draws = draw(torch.arange(n), 1, n, views, (5,))
     return draws.mix, draws.uniforms
 
@@ -28,8 +28,8 @@ def test_no_mixing_by_default():
 
 def test_mixup_blends_with_the_neighbour():
     x, labels = numbered(64)
-    lam, uniforms = mixing(64, Views(mixup=1.0))
-    mixed, others, share = mix(x, labels, lam, uniforms, Views(mixup=1.0))
+    lam, uniforms = mixing(64, ViewOptions(mixup=1.0))
+    mixed, others, share = mix(x, labels, lam, uniforms, ViewOptions(mixup=1.0))
     assert others.tolist() == [63, *range(63)]
     torch.testing.assert_close(share, lam)
     torch.testing.assert_close(mixed, (lam * labels + (1 - lam) * others).view(-1, 1, 1, 1).expand_as(x))
@@ -38,8 +38,8 @@ def test_mixup_blends_with_the_neighbour():
 def test_cutmix_pastes_a_box_and_the_share_is_what_is_left():
     n, size = 256, 32
     x, labels = numbered(n, size)
-    lam, uniforms = mixing(n, Views(cutmix=1.0))
-    mixed, others, share = mix(x, labels, lam, uniforms, Views(cutmix=1.0))
+    lam, uniforms = mixing(n, ViewOptions(cutmix=1.0))
+    mixed, others, share = mix(x, labels, lam, uniforms, ViewOptions(cutmix=1.0))
     own = mixed == labels.view(-1, 1, 1, 1)
     assert (own | (mixed == others.view(-1, 1, 1, 1))).all()
     torch.testing.assert_close(share, own.float().mean(dim=(1, 2, 3)))
@@ -57,7 +57,7 @@ def test_cutmix_pastes_a_box_and_the_share_is_what_is_left():
 
 
 def test_each_sample_takes_mixup_or_cutmix_with_even_odds():
-    n, views = 2000, Views(mixup=1.0, cutmix=1.0)
+    n, views = 2000, ViewOptions(mixup=1.0, cutmix=1.0)
     x, labels = numbered(n, 8)
     mixed, _, share = mix(x, labels, *mixing(n, views), views)
     blended = (mixed.std(dim=(1, 2, 3)) < 1e-3) & (share > 0.02) & (share < 0.98)
@@ -67,7 +67,7 @@ def test_each_sample_takes_mixup_or_cutmix_with_even_odds():
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.2, 0.0), (0.0, 0.2), (4.0, 0.2)])
 def test_lambda_follows_the_beta_distribution_of_the_kind_taken(mixup, cutmix):
-    views = Views(mixup=mixup, cutmix=cutmix, mix_probability=0.25)
+    views = ViewOptions(mixup=mixup, cutmix=cutmix, mix_probability=0.25)
     draws = draw(torch.arange(DRAWS), 4, 100, views, (6,))
     taken = draws.mix < 1
     assert taken.float().mean().item() == pytest.approx(0.25, abs=0.03 if cutmix == 0.2 or mixup == 0.2 else 0.01)
@@ -82,7 +82,7 @@ def test_lambda_follows_the_beta_distribution_of_the_kind_taken(mixup, cutmix):
 
 
 def test_unmixed_samples_stay_as_they_are():
-    n, views = 400, Views(mixup=1.0, cutmix=1.0, mix_probability=0.5)
+    n, views = 400, ViewOptions(mixup=1.0, cutmix=1.0, mix_probability=0.5)
     x, labels = numbered(n, 8)
     lam, uniforms = mixing(n, views)
     mixed, _, share = mix(x, labels, lam, uniforms, views)
@@ -92,7 +92,7 @@ def test_unmixed_samples_stay_as_they_are():
 
 
 def test_erased_patch_has_its_size_and_hangs_over_the_edge():
-    views, uniforms = Views(erase=1.0, erase_size=0.25), random_uniforms(4)
+    views, uniforms = ViewOptions(erase=1.0, erase_size=0.25), random_uniforms(4)
     uniforms[:, augment.ERASE_ROW] = torch.tensor([0.5, 0.0, 0.5, 0.999])
     uniforms[:, augment.ERASE_COLUMN] = torch.tensor([0.5, 0.5, 0.0, 0.999])
     x = torch.ones(4, 3, 40, 40)
@@ -103,7 +103,7 @@ def test_erased_patch_has_its_size_and_hangs_over_the_edge():
 
 
 def test_erase_happens_as_often_as_asked_and_anywhere():
-    views = Views(erase=0.3, erase_size=0.2)
+    views = ViewOptions(erase=0.3, erase_size=0.2)
     erased = erase(torch.ones(4000, 1, 20, 20), random_uniforms(4000), views) == 0
     assert erased.any(dim=(1, 2, 3)).float().mean().item() == pytest.approx(0.3, abs=0.03)
     assert erased.any(dim=0).all()

@@ -1,11 +1,10 @@
 import numpy as np
+import plots
 import pytest
 import torch
+from errors import RunError
 from matplotlib.text import Text
 from PIL import Image
-
-import plots
-from errors import RunError
 from scoring import wilson
 
 NAMES = ["70 px crops", "120 px crops"]

@@ -3,16 +3,16 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
-import pytest
-from PIL import Image
-
 import checkpoint
 import dataset
 import errors
+import numpy as np
 import plots
-import predict
+import pytest
 import scoring
+from PIL import Image
+
+import predict
 
 pytestmark = pytest.mark.usefixtures("small_demo")
 

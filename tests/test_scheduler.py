@@ -124,11 +124,11 @@ def test_last_epoch_continues_as_torchs_schedulers_do():
 def test_a_rate_held_in_a_tensor_is_changed_in_place():
     rate = torch.tensor(1e-3)
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=rate)
-    held = optimizer.param_groups[0]["lr"]
+    locked = optimizer.param_groups[0]["lr"]
     scheduler = DecayingCosineWarmRestarts(optimizer)
     scheduler.step(15)
-    assert optimizer.param_groups[0]["lr"] is held
-    assert held.item() == pytest.approx(restart_rate(15, 1e-3))
+    assert optimizer.param_groups[0]["lr"] is locked
+    assert locked.item() == pytest.approx(restart_rate(15, 1e-3))
 
 
 @pytest.mark.parametrize(

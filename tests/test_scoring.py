@@ -2,14 +2,14 @@ import copy
 import math
 
 import pytest
+import scoring
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-import scoring
-from augment import Views, draw, normalise, view
+from augment import ViewOptions, draw, normalise, view
 
 
 @pytest.fixture
@@ -184,11 +184,11 @@ def test_the_originals_scoring_is_its_validation_loop(images):
     scores, index = scoring.original_logits(model, images, 20, 32, tick=ticks.append)
     assert scores.shape == (128, 5) and index.shape == (128,) and ticks == [32] * 4
     assert not model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    draws, reference = draw(torch.arange(7), 20, 32, Views(), (0,)), Tiny().train()
+    draws, reference = draw(torch.arange(7), 20, 32, ViewOptions(), (0,)), Tiny().train()
     assert torch.equal(index, draws.order[:128]) and torch.bincount(draws.order).tolist() == [20] * 7
     for step in range(4):
         rows = slice(32 * step, 32 * step + 32)
-        x = view(images[index[rows]], draws.uniforms[rows], draws.colour_orders[step], 20, Views())
+        x = view(images[index[rows]], draws.uniforms[rows], draws.colour_orders[step], 20, ViewOptions())
         with torch.no_grad():
             torch.testing.assert_close(scores[rows], reference(normalise(x)), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(scores[rows], scoring.logits(Tiny(), images, 20)[index[rows]], atol=0.1)
@@ -207,6 +207,6 @@ def test_figures_by_hand():
     assert found["loss"] == pytest.approx(-math.log(0.7 * 0.6 * 0.1 * 0.9) / 4, abs=1e-4)
     assert found["accuracy"] == 0.75 and found["images"] == 2 and found["predictions"] == 4
     assert found["per_class"] == {"a": 1.0, "b": 0.5, "c": None}
-    assert found["interval_95"] == list(scoring.wilson(2, 2))  # 0.75 of two images, rounded to whole ones
+    assert found["interval_95"] == list(scoring.wilson(2, 2))  # 0.75 of two images, padded_widths to whole ones
     # bins of a fifteenth: 0.6 (0.533 to 0.6] and 0.7 and 0.8 (0.733 to 0.8] and 0.9 stand alone
     assert found["calibration_error"] == pytest.approx((0.4 + 0.3 + 0.8 + 0.1) / 4, abs=1e-4)

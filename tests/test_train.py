@@ -12,22 +12,22 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import faults
-import pytest
-import torch
-from torch import Tensor
-
 import checkpoint
-import data
 import demo
 import download
 import errors
+import faults
 import plots
+import pytest
 import scoring
-import train
-from augment import Views
-from learner import Learner
+import torch
+from learner import Trainer
 from settings import Recipe, Runtime, Stage
+from torch import Tensor
+
+import data
+import train
+from augment import ViewOptions
 
 FLAGS = "--demo --threads 1 --epochs 2 1 --crop-size 32 32 --eval-size 32 32 --batch 32 32 --planes 4 4 8".split()
 
@@ -63,7 +63,7 @@ def error(capsys: pytest.CaptureFixture) -> str:
 
 def wrong_flags() -> Iterator[list[str]]:
     """For each setting, from its own limits: values of a wrong type, size, sign and number."""
-    for owner in (Stage, Recipe, Runtime, Views):
+    for owner in (Stage, Recipe, Runtime, ViewOptions):
         hints = typing.get_type_hints(owner)
         for item in dataclasses.fields(owner):
             if "help" in item.metadata:
@@ -225,18 +225,18 @@ def test_right_data(official: Path) -> None:
 # numbers gone wrong
 
 
-def after_step(monkeypatch: pytest.MonkeyPatch, number: int, change: Callable[[Learner], object]) -> None:
+def after_step(monkeypatch: pytest.MonkeyPatch, number: int, change: Callable[[Trainer], object]) -> None:
     """Have `change` happen after a training step, counted from 1 over the whole run: five are an epoch."""
-    original, steps = Learner._step, 0
+    original, steps = Trainer._step, 0
 
-    def step(learner: Learner, *args: Tensor) -> tuple[Tensor, Tensor]:
+    def step(learner: Trainer, *args: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal steps
         steps += 1
         loss, hits = original(learner, *args)
         factor = change(learner) if steps == number else None
         return loss if factor is None else loss * factor, hits
 
-    monkeypatch.setattr(Learner, "_step", step)
+    monkeypatch.setattr(Trainer, "_step", step)
 
 
 def spoil(tensor: Tensor, value: float = math.nan) -> None:
@@ -244,12 +244,12 @@ def spoil(tensor: Tensor, value: float = math.nan) -> None:
         tensor[(0,) * tensor.dim()] = value
 
 
-def optimiser_value(learner: Learner) -> Tensor:
+def optimiser_value(learner: Trainer) -> Tensor:
     name = {"sgd": "momentum_buffer", "adam": "exp_avg_sq"}[learner.recipe.optimizer]
     return learner.optimizer.state[learner.net.fc.weight][name]
 
 
-SPOILT: dict[str, tuple[Callable[[Learner], object], str]] = {
+SPOILT: dict[str, tuple[Callable[[Trainer], object], str]] = {
     "loss": (lambda learner: math.inf, "the loss of step 5 of epoch 2"),
     "weight": (lambda learner: spoil(learner.net.conv1.weight), "a weight"),
     "infinite weight": (lambda learner: spoil(learner.net.fc.bias, -math.inf), "a weight"),

@@ -3,11 +3,11 @@
 import re
 from pathlib import Path
 
-import pytest
-
 import checkpoint
 import dataset
+import pytest
 import scoring
+
 from model import PARAMETER_BUDGET, count_parameters
 
 FOLDER = Path(__file__).parent.parent / "weights"
@@ -16,7 +16,7 @@ FILES = sorted(FOLDER.glob("*.pt"))
 
 
 @pytest.fixture(params=FILES, ids=lambda path: path.name)
-def trained(request: pytest.FixtureRequest) -> checkpoint.Trained:
+def trained(request: pytest.FixtureRequest) -> checkpoint.TrainedNetwork:
     return checkpoint.load_network(request.param)
 
 

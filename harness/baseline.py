@@ -1,0 +1,137 @@
+"""The usual training script, for benchmark.py to measure beside this project's way, and what both measure with."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+import augment
+import data
+from harness import demo_shapes
+from harness.cli import Runtime
+from harness.machine import LARGE_PAGES, choose_device
+from recipes import Recipe, build_network
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CLASSES = 10
+DRAWN = 50  # pictures a class
+
+
+class Job(NamedTuple):
+    """What is measured: training at `size` px in `steps` batches of `batch`, and scoring as many at `eval_size` px."""
+
+    recipe: Recipe
+    runtime: Runtime
+    data_dir: Path | None
+    size: int
+    batch: int
+    eval_size: int
+    steps: int
+
+    @property
+    def samples(self) -> int:
+        return self.steps * self.batch
+
+
+class Pictures(Dataset):
+    """`length` transformed PIL images and their labels."""
+
+    def __init__(self, images: Tensor, labels: Tensor, transform: Callable[[Image.Image], Tensor], length: int) -> None:
+        self.images, self.labels, self.transform, self.length = images.numpy(), labels, transform, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        index %= len(self.images)
+        return self.transform(Image.fromarray(self.images[index].transpose(1, 2, 0))), self.labels[index]
+
+
+class Baseline:
+    """The usual training script's way. Each public method handles a job's samples and returns when that is done."""
+
+    def __init__(self, job: Job) -> None:
+        os.environ.pop(LARGE_PAGES, None)  # this project's idea, which it set before this process began
+        if job.runtime.threads:
+            torch.set_num_threads(job.runtime.threads)
+        self.job, self.device = job, choose_device(job.runtime.device)
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+            torch.set_float32_matmul_precision("high")
+        images, labels = load(job.data_dir)
+        to_tensor = [transforms.ToTensor(), transforms.Normalize(augment.MEAN, augment.STD)]
+        views = transforms.Compose([*pil_views(job.recipe.augmentation, job.size), *to_tensor])
+        resize = transforms.Compose([transforms.Resize(job.eval_size), *to_tensor])
+        self.pictures = Pictures(images, labels, views, job.samples)
+        shared = {"num_workers": CORES, "persistent_workers": True, "pin_memory": self.device.type == "cuda"}
+        self.loader = DataLoader(self.pictures, job.batch, shuffle=True, drop_last=True, **shared)
+        self.eval_loader = DataLoader(Pictures(images, labels, resize, job.samples), job.batch, **shared)
+        self.net = build_network(job.recipe, CLASSES).to(self.device)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-3, weight_decay=1e-4)
+        self.x = torch.randn(job.batch, 3, job.size, job.size, device=self.device)
+        self.y = torch.arange(job.batch, device=self.device) % CLASSES
+
+    def views(self) -> None:
+        for index in range(self.job.samples):
+            self.pictures[index]
+
+    def train_steps(self) -> None:
+        for _ in range(self.job.steps):
+            self._step(self.x, self.y)
+
+    def end_to_end(self) -> None:
+        for x, labels in self.loader:
+            self._step(x.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
+
+    def score(self) -> None:
+        self.net.eval()
+        hits = 0
+        with torch.no_grad():
+            for x, labels in self.eval_loader:
+                hits += (self.net(x.to(self.device)).argmax(1) == labels.to(self.device)).sum().item()
+        self.net.train()
+
+    def _step(self, x: Tensor, labels: Tensor) -> float:
+        loss = F.cross_entropy(self.net(x), labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+
+def pil_views(options: augment.ViewOptions, size: int) -> list[Callable]:
+    """The recipe's views in torchvision's own transforms of PIL images, in the original project's order."""
+    return [
+        transforms.RandomRotation(options.rotation),
+        transforms.RandomResizedCrop(size, options.crop_scale, options.crop_ratio),
+        transforms.ColorJitter(options.brightness, options.contrast, options.saturation, options.hue),
+        transforms.RandomHorizontalFlip(options.hflip),
+        transforms.RandomVerticalFlip(options.vflip),
+    ]
+
+
+def load(data_dir: Path | None) -> tuple[Tensor, Tensor]:
+    """STL-10's training images uint8 (N, 3, 96, 96) and labels int64 (N,), or drawn pictures without a folder."""
+    if data_dir is not None:
+        found = data.load(data_dir, "train")
+        return found.images, found.labels
+    images, labels = demo_shapes.draw_shapes("train", DRAWN)
+    return torch.from_numpy(images.swapaxes(2, 3).copy()), torch.from_numpy(labels).long() - 1
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds that `work` takes, on a GPU too."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    start = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - start

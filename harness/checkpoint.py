@@ -1,0 +1,184 @@
+"""Checkpoints: plain values and tensors, written whole or not at all, opened without running anything in them.
+
+A run folder holds `last.pt` (the one point of commit: all that continues the run), `previous.pt` (the state one epoch
+before, should `last.pt` be damaged), and weights alone: `best.pt`, of the best validation accuracy, and `stage1.pt` …,
+of each stage's end but the last.
+"""
+
+import contextlib
+import io
+import os
+import pickle
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.errors import RunError, reason
+from harness.files import atomic_write
+from model import ResNet, WideNet
+from recipes import Recipe, build_network
+
+FORMAT = 2  # format 1, which is read too, had other names for two settings (see recipes.OLD_NAMES)
+# exceptions raised when a readable file holds values that do not fit this state or network
+MISMATCH_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+class Damaged(RunError):
+    """A file that is not a whole checkpoint: a broken disk or copy, or never one at all."""
+
+
+def save(path: Path, payload: dict[str, Any], keep: Path | None = None) -> None:
+    """Write a checkpoint in place of an older one, which is kept as `keep`. Raises RunError where the disk refuses."""
+    packed = io.BytesIO()  # torch's own writer to files does not say why a disk refuses
+    torch.save({"format": FORMAT, **payload}, packed)
+    with atomic_write(path, keep) as temporary:
+        temporary.write_bytes(packed.getbuffer())
+
+
+def commit(folder: Path, payload: dict[str, Any]) -> None:
+    """Make `payload` the run's `last.pt` and the one before its `previous.pt`. At every moment one of them is whole."""
+    save(folder / "last.pt", payload, keep=folder / "previous.pt")
+
+
+def save_weights(
+    path: Path, state: dict[str, Any], val_accuracy: float | None = None, model: dict[str, Tensor] | None = None
+) -> None:
+    """Write the weights of a run's state alone: those that are scored, or `model`'s in their place.
+
+    `val_accuracy`: by which this epoch was selected as the best, None if it was not.
+    """
+    weights = {key: state[key] for key in ("recipe", "classes", "images", "eval_size", "epoch")}
+    model = model or state["average"] or state["model"]
+    save(path, {"kind": "weights", **weights, "val_accuracy": val_accuracy, "model": model})
+
+
+def load(path: Path, kind: str | None = None) -> dict[str, Any]:
+    """Read and check a checkpoint, of one kind (`run` or `weights`) if given; tensors arrive on the CPU.
+
+    Raises Damaged if it is not whole, RunError if it is missing, foreign, from a newer version, or holds more
+    than plain values: nothing in the file is ever run.
+    """
+    try:
+        payload = _read(path)
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {reason(error)}") from error
+    except pickle.UnpicklingError as error:
+        raise RunError(f"{path} was not opened: it holds more than plain values; do not trust its source") from error
+    except Exception as error:  # zip and torch raise anything from KeyError to RuntimeError on foreign bytes
+        raise Damaged(f"{path} is damaged, or no checkpoint at all ({first_words(error)})") from error
+    if not isinstance(payload, dict) or not isinstance(payload.get("format"), int) or "recipe" not in payload:
+        raise RunError(f"{path} is not a checkpoint of this project")
+    if payload["format"] > FORMAT:
+        raise RunError(f"{path} has format {payload['format']}, this version reads up to {FORMAT}; use a newer version")
+    if kind is not None and payload.get("kind") != kind:
+        raise RunError(f"{path} holds {payload.get('kind')!r}, not {kind!r}")
+    return payload
+
+
+def _read(path: Path) -> Any:
+    """Torch is given a copy of what has the right checksum: it looks at none, and trusts the archive's directory."""
+    checked = io.BytesIO()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(checked, "w") as copy:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{member.filename} is compressed")
+            copy.writestr(member.filename, archive.read(member))
+    checked.seek(0)
+    return torch.load(checked, map_location="cpu", weights_only=True)
+
+
+def first_words(error: Exception) -> str:
+    """What an exception says, on one line of bearable length."""
+    words = " ".join(str(error).split())
+    return words if len(words) <= 200 else words[:200] + " …"
+
+
+def resume(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """The state to continue from, None in a fresh folder, and a warning where `last.pt` was damaged.
+
+    Raises Damaged where no state is whole, RunError where it is unusable for another reason.
+    """
+    last, previous = folder / "last.pt", folder / "previous.pt"
+    if not last.exists():  # a fresh folder, or killed between the two renames of a commit
+        return (load(previous, "run") if previous.exists() else None), None
+    try:
+        return load(last, "run"), None
+    except Damaged as error:
+        if not previous.exists():
+            raise
+        try:
+            payload = load(previous, "run")
+        except RunError as also:
+            raise Damaged(f"{error}, and {also}") from also
+        os.replace(previous, last)  # or the next commit would keep the damaged file as previous.pt
+        return payload, f"{error}; continuing from the state before it (previous.pt)"
+
+
+@contextlib.contextmanager
+def mismatch_reported(source: Path | str) -> Iterator[None]:
+    """Raise RunError if the block fails because the values of the checkpoint `source` do not fit what takes them."""
+    try:
+        yield
+    except MISMATCH_ERRORS as error:
+        raise RunError(f"{source} does not fit this network: {first_words(error)}") from error
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """A network read from a checkpoint, with what its user needs to know."""
+
+    file: Path
+    model: ResNet | WideNet
+    recipe: Recipe
+    classes: tuple[str, ...]
+    images: dict[str, Any]  # how many trained and validated, and the digest of the user's own
+    eval_size: int
+    epoch: int
+    val_accuracy: float | None  # by which this epoch was selected as the run's best; None if it was not
+
+    @property
+    def selected(self) -> bool:
+        """Whether it is the best epoch's by validation accuracy, not the last one's."""
+        return self.val_accuracy is not None
+
+    def state(self) -> dict[str, Any]:
+        """What `save_weights` takes."""
+        return {
+            "recipe": self.recipe.as_dict(),
+            "classes": list(self.classes),
+            "images": self.images,
+            "eval_size": self.eval_size,
+            "epoch": self.epoch,
+            "average": None,
+            "model": self.model.state_dict(),
+        }
+
+
+def weights_file(path: Path, best: bool = False) -> Path:
+    """The checkpoint that `path` names: itself, or of a run folder its last one (with `best` its best one)."""
+    if not path.is_dir():
+        return path
+    names = ("best.pt",) if best else ("last.pt", "previous.pt", "best.pt")
+    return path / next((name for name in names if (path / name).exists()), names[0])
+
+
+def load_network(path: Path | str, best: bool = False) -> TrainedNetwork:
+    """The network of a checkpoint of either kind, or of a run folder (see `weights_file`), on the CPU.
+
+    Where the run kept an average of the weights, that is what comes. Raises RunError.
+    """
+    path = weights_file(Path(path), best)
+    payload = load(path)
+    with mismatch_reported(path):
+        recipe = Recipe.from_dict(payload["recipe"])
+        classes = tuple(payload["classes"])
+        model = build_network(recipe, len(classes))
+        model.load_state_dict(payload.get("average") or payload["model"])
+        model.to(memory_format=torch.channels_last).eval()
+        size, epoch, accuracy = int(payload["eval_size"]), int(payload["epoch"]), payload.get("val_accuracy")
+        return TrainedNetwork(path, model, recipe, classes, payload["images"], size, epoch, accuracy)

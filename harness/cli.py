@@ -1,0 +1,176 @@
+"""Command lines: where and how a run is made (`Runtime`), and flags made from the fields of dataclasses."""
+
+import argparse
+import types
+import typing
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import recipes
+from augment import ViewOptions
+from harness import distributed
+from recipes import RECIPES, Recipe, Stage, check_limits, option
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where a run is made, on what, and how it is shown: nothing that should decide its result."""
+
+    data_dir: Path = option("folder that holds stl10_binary, or gets it", Path("data"))
+    images: Path | None = option(
+        "train on the pictures in this folder instead: one folder per class, split by --val-fraction, "
+        "or train/ and val/ that hold one folder per class each",
+        None,
+    )
+    out: Path | None = option("run folder (default: runs/RECIPE-seedSEED, with the images' and fold's names)", None)
+    device: str = option("cpu, cuda, cuda:1 …; auto takes CUDA where there is any", "auto")
+    threads: int = option("CPU threads; 0 leaves the choice to PyTorch", 0, low=0, high=1024)
+    precision: str = option(
+        "arithmetic of the network; auto: bf16 where the hardware has it", "auto", choices=("auto", "bf16", "fp32")
+    )
+    compile: bool | None = option("compile the training step (default: on CUDA)", None)
+    deterministic: bool = option("the same bits again on CUDA, at some cost in speed (a CPU needs no flag)", False)
+    max_minutes: float = option("stop at the last epoch end within this time; 0 is no limit", 0.0, low=0.0, high=1e6)
+    overwrite: bool = option("start anew in a run folder that holds a run", False)
+    tensorboard: bool = option("write the numbers of metrics.csv for TensorBoard too, in the run folder", False)
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+
+
+MACHINE_FLAGS = ("device", "threads", "precision")
+
+
+def train_parser() -> argparse.ArgumentParser:
+    """The command line of `train.py`: one flag per field, grouped by the dataclass that holds it."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train a small image classifier from scratch. The same command again continues where it stopped.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--recipe", choices=RECIPES, help="named settings to start from (default: original)")
+    parser.add_argument("--demo", action="store_true", help="the demo recipe, on pictures drawn by the program itself")
+    add_flags(parser.add_argument_group("stages (one value per stage)"), Stage)
+    add_flags(parser.add_argument_group("views"), ViewOptions)
+    add_flags(parser.add_argument_group("recipe"), Recipe)
+    add_flags(parser.add_argument_group("run"), Runtime)
+    return parser
+
+
+def network_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """The command line of a command that uses trained networks: with `--best` and the machine's flags."""
+    parser = argparse.ArgumentParser(prog=name, description=description, allow_abbrev=False)
+    parser.add_argument("--best", action="store_true", help="of a run folder take best.pt (default: its last.pt)")
+    add_flags(parser.add_argument_group("machine"), Runtime, MACHINE_FLAGS, with_defaults=True)
+    return parser
+
+
+def add_flags(group: Any, settings: type, names: Collection[str] | None = None, with_defaults: bool = False) -> None:
+    """Add a flag for each field of a dataclass that has a help text, or for those of `names`.
+
+    A parsed namespace has their defaults only `with_defaults`; the help text tells them either way.
+    """
+    hints = typing.get_type_hints(settings)
+    for item in fields(settings):
+        if "help" not in item.metadata or (names is not None and item.name not in names):
+            continue
+        hint, options = hints[item.name], {"choices": item.metadata.get("choices"), "dest": item.name}
+        if isinstance(hint, types.UnionType):
+            hint = next(kind for kind in hint.__args__ if kind is not types.NoneType)
+        if with_defaults:
+            options["default"] = item.default
+        per_stage = settings is Stage
+        if hint is bool:
+            del options["choices"]
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(hint) is tuple and per_stage:
+            options |= {"type": _sizes, "nargs": "+", "metavar": "N[,N…]"}
+        elif typing.get_origin(hint) is tuple:
+            options |= {"type": hint.__args__[0], "nargs": len(hint.__args__), "metavar": _metavar(hint.__args__[0])}
+        else:
+            options |= {"type": hint, "nargs": "+" if per_stage else None}
+            options["metavar"] = None if options["choices"] else _metavar(hint)
+        flag = item.metadata.get("flag", item.name).replace("_", "-")
+        group.add_argument(f"--{flag}", help=_help(item.metadata["help"], item.default, per_stage), **options)
+
+
+def _metavar(kind: type) -> str:
+    return {int: "N", float: "X", Path: "PATH"}.get(kind, "NAME")
+
+
+def _help(text: str, default: Any, per_stage: bool) -> str:
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    return text.replace("%", "%%") + ("" if per_stage or shown in (None, "") else f" (default: {shown})")
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size, nor sizes joined by commas") from None
+
+
+def parse_train(argv: list[str] | None = None) -> tuple[Recipe, Runtime]:
+    """A run's settings from a command line; anything wrong ends the process with a usage message and status 2."""
+    parser = train_parser()
+    args = vars(parser.parse_args(argv))
+    demo, name = args.pop("demo", False), args.pop("recipe", None)
+    if demo and name not in (None, "demo"):
+        parser.error(f"--demo and --recipe {name} exclude each other")
+    recipe = RECIPES["demo" if demo else name or "original"]
+    try:
+        recipe = recipes.replace(recipe, args)
+        runtime = Runtime(**{name: value for name, value in args.items() if name in Runtime.__dataclass_fields__})
+    except ValueError as error:
+        parser.error(_with_flag(str(error), args))
+    if demo and runtime.images:
+        parser.error("--demo draws its own pictures; for those of --images give --recipe demo")
+    if recipe.fold is not None and (runtime.images or recipe.name == "demo"):
+        parser.error("--fold is one of STL-10's official folds: there are none of other pictures")
+    world = distributed.rank_and_world()[1]
+    for stage in recipe.stages:
+        if stage.epochs and stage.batch % world:
+            parser.error(f"--batch {stage.batch} cannot be shared equally by {world} processes")
+    if "image_size" in args and not runtime.images:
+        parser.error("--image-size is the size of the pictures of --images; STL-10's are 96 px")
+    return recipe, runtime
+
+
+def _with_flag(sentence: str, args: Collection[str]) -> str:
+    """A complaint that begins with a field's name, with the flag's name instead where the flag was given."""
+    name = sentence.split(" ")[0].rstrip(":")
+    if name not in args:
+        return sentence
+    holders = (kind for kind in (Stage, ViewOptions, Recipe, Runtime) if name in kind.__dataclass_fields__)
+    flag = next(holders).__dataclass_fields__[name].metadata.get("flag", name)
+    return sentence.replace(name, "--" + flag.replace("_", "-"), 1)
+
+
+def default_run_folder(recipe: Recipe, runtime: Runtime) -> Path:
+    """Where the run is kept: `--out`, or a name made of what tells it from others."""
+    images = f"{runtime.images.resolve().name}-" if runtime.images else ""
+    fold = "" if recipe.fold is None else f"-fold{recipe.fold}"
+    return runtime.out or Path("runs") / f"{images}{recipe.name}{fold}-seed{recipe.seed}"
+
+
+def machine_settings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Runtime:
+    """The machine's part of a parsed command line; a value out of range ends the process with status 2."""
+    names = [name for name in (*MACHINE_FLAGS, "compile") if hasattr(args, name)]
+    try:
+        return Runtime(**{name: getattr(args, name) for name in names})
+    except ValueError as error:
+        parser.error(f"--{error}")
+
+
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """An argument's type: a whole number from `low` to `high`."""
+
+    def convert(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
+        return int(text)
+
+    return convert

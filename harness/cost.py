@@ -1,0 +1,72 @@
+"""What a recipe costs: the arithmetic of its network, and the seconds to expect of it."""
+
+import copy
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from harness.machine import Machine
+from recipes import Recipe
+
+# What a training step costs, for a prediction before anything has been measured (see benchmark.py). On a CPU it is two
+# things: convolutions run at the speed of a matrix product, and whatever lies between them waits for memory.
+CPU_GFLOPS = {torch.bfloat16: 240.0, torch.float32: 65.0}  # per core
+# Per core and number that a BatchNorm puts out: with rectifier, forward and backward (fp32: on an older processor).
+CPU_NORM_SECONDS = {torch.bfloat16: 1.5e-9, torch.float32: 6e-9}
+CUDA_GFLOPS = {torch.bfloat16: 40_000.0, torch.float32: 10_000.0}  # guesses
+
+
+def modelled_rates(machine: Machine, recipe: Recipe, net: nn.Module) -> dict[int, float]:
+    """Rough samples per second of training at each of the recipe's crop sizes, from the arithmetic: no measurement."""
+    return {size: _rate(machine, net, size) for size in sorted({n for stage in recipe.stages for n in stage.crop_size})}
+
+
+def seconds_at_rates(
+    recipe: Recipe, images: int, rates: Mapping[int, float], epochs_done: int = 0, end: int | None = None
+) -> float:
+    """Seconds of training for a recipe's epochs from `epochs_done` to `end` (all of them), over `images` images.
+
+    `rates` are samples per second at each of its crop sizes.
+    """
+    epochs = Counter(map(recipe.crop_size_at, range(epochs_done, recipe.epochs if end is None else end)))
+    return sum(count / rates[size] for size, count in epochs.items()) * images * recipe.views_per_image
+
+
+def _rate(machine: Machine, net: nn.Module, size: int) -> float:
+    """Rough samples per second of training at `size` px."""
+    if machine.device.type == "cuda":
+        return CUDA_GFLOPS[machine.precision] / step_gflop(net, size)
+    waiting = CPU_NORM_SECONDS[machine.precision] * norm_outputs(net, size)
+    return torch.get_num_threads() / (step_gflop(net, size) / CPU_GFLOPS[machine.precision] + waiting)
+
+
+def step_gflop(net: nn.Module, size: int) -> float:
+    """GFLOP of a training step on one image of `size` px: the backward pass costs twice the forward pass."""
+    return 3 * forward_gflop(net, size)
+
+
+def forward_gflop(net: nn.Module, size: int) -> float:
+    """GFLOP (multiply-add = 2) of the network's forward pass on one image of `size` px."""
+    with FlopCounterMode(display=False) as counter:
+        _forward(net, size)
+    return counter.get_total_flops() / 1e9
+
+
+def norm_outputs(net: nn.Module, size: int) -> int:
+    """How many numbers the network's BatchNorm layers put out for one image of `size` px."""
+    return sum(_forward(net, size))
+
+
+@torch.no_grad()
+def _forward(net: nn.Module, size: int) -> list[int]:
+    """Pass an image through a copy of the network without memory or arithmetic; the sizes of its norms' outputs."""
+    sizes: list[int] = []
+    twin = copy.deepcopy(net).to("meta").eval()
+    for module in twin.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(lambda module, _, output: sizes.append(output.numel()))
+    twin(torch.zeros(1, 3, size, size, device="meta"))
+    return sizes

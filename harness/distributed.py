@@ -1,0 +1,103 @@
+"""Several processes that train one network: started by torchrun, one leads and keeps the record, the others follow.
+
+Without torchrun there is no group, and each function here does nothing or gives back what it was given. Decisions and
+figures travel as CPU tensors, by gloo: it notices at once when a process has ended. Gradients on CUDA take NCCL.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from harness.errors import RunError
+
+# Followers wait for as long as the leader fetches data, or validates and writes. One that has ended is noticed at once.
+TIMEOUT = timedelta(minutes=30)
+
+
+class PeerLost(RunError):
+    """Another process of the group has ended or does not answer."""
+
+
+def rank_and_world() -> tuple[int, int, int]:
+    """Rank, number of processes, and rank on this machine, as torchrun says in the environment; without it 0, 1, 0.
+
+    Raises RunError where it says only a part.
+    """
+    try:
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        return (int(os.environ["RANK"]), world, int(os.environ["LOCAL_RANK"])) if world > 1 else (0, 1, 0)
+    except (KeyError, ValueError) as error:
+        raise RunError("WORLD_SIZE without whole RANK and LOCAL_RANK; start with torchrun, or unset it") from error
+
+
+def join(device: torch.device) -> None:
+    """Meet the other processes, of which only the leader prints from now on. Raises PeerLost where they do not come."""
+    rank, world, _ = rank_and_world()
+    if world == 1 or dist.is_initialized():
+        return
+    with peer_loss_reported():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    if rank:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
+def leave() -> None:
+    """Part from the others after an orderly end. After any other the process's own end does it, and cannot hang."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def parallel(net: nn.Module) -> nn.Module:
+    """`net`, or around it what averages its gradients over the processes and gives all of them the leader's buffers."""
+    if not dist.is_initialized():
+        return net
+    with peer_loss_reported():
+        return DistributedDataParallel(net)
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum over the processes of a CPU tensor of one shape and dtype, which is overwritten. Raises PeerLost."""
+    if dist.is_initialized():
+        with peer_loss_reported():
+            dist.all_reduce(values)
+    return values
+
+
+def max_over_ranks(value: int) -> int:
+    """The largest of the processes' values, the same in all of them. Raises PeerLost."""
+    if not dist.is_initialized():
+        return value
+    values = torch.tensor(int(value))
+    with peer_loss_reported():
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return int(values)
+
+
+@contextlib.contextmanager
+def leader_first() -> Iterator[None]:
+    """The leader goes through the block before the others begin: what it fetches or removes, they find done."""
+    rank, _, _ = rank_and_world()
+    if rank:
+        max_over_ranks(0)
+    yield
+    if not rank:
+        max_over_ranks(0)
+
+
+@contextlib.contextmanager
+def peer_loss_reported() -> Iterator[None]:
+    """Raise PeerLost where the block fails because of another process. Other exceptions pass."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not any(name in str(error) for name in ("gloo", "NCCL")):
+            raise
+        rank, world, _ = rank_and_world()
+        raise PeerLost(f"process {rank} has lost the other {world - 1}: one ended, or does not answer") from error

@@ -1,0 +1,117 @@
+"""Which images a run is about: STL-10's, the demo's, or a folder of the user's own; which train and which validate."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import data
+from data import DataSet
+from harness import demo_shapes, download, picture_folder
+from harness.checkpoint import TrainedNetwork
+from harness.cli import Runtime
+from harness.errors import RunError
+from recipes import DEMO, Recipe
+
+
+class Source(NamedTuple):
+    """Where images are: in `data_dir`, or where one is given in the picture folder `images`."""
+
+    data_dir: Path
+    images: Path | None
+
+
+def load_images(
+    recipe: Recipe, data_dir: Path, images: Path | None = None, *, fetch: bool = True
+) -> tuple[DataSet, Tensor, Tensor]:
+    """A recipe's images, and the int64 indices of those that train and of those that validate (none with train_on all).
+
+    They come from the folder `images` if one is given, else from `data_dir`; official files that are missing there
+    are fetched first, with `fetch`. Raises RunError.
+    """
+    dataset, parts = _read(recipe, data_dir, images, fetch)
+    count = len(dataset.labels)
+    if recipe.train_on == "all":
+        return dataset, torch.arange(count), torch.arange(0)
+    if parts is None and recipe.fold is not None:
+        parts = data.fold_indices(data_dir, recipe.fold, count)
+    if parts is None:
+        for name, images_of_class in zip(dataset.classes, dataset.labels.bincount().tolist(), strict=True):
+            if images_of_class < 2:
+                raise RunError(f"class {name} has one picture only; a split into train and val needs two or more")
+        parts = data.split_indices(dataset.labels, recipe.split_seed, recipe.val_fraction)
+    return dataset, *parts
+
+
+def _read(
+    recipe: Recipe, data_dir: Path, images: Path | None, fetch: bool
+) -> tuple[DataSet, tuple[Tensor, Tensor] | None]:
+    """All training and validation images, and the split if the files themselves state one."""
+    if images is not None:
+        return picture_folder.load(images, recipe.image_size)
+    if recipe.name == DEMO.name:
+        return demo_shapes.load(data_dir, "train"), None
+    try:
+        return data.load(data_dir, "train"), None
+    except data.MissingFiles as missing:
+        if not fetch:
+            raise
+        print(missing)
+        download.fetch(data_dir)
+        return data.load(data_dir, "train"), None
+
+
+def load_test_images(trained: TrainedNetwork, source: Source) -> DataSet:
+    """The test images for a trained network: the official files', the demo's, or those of `source.images`/test.
+
+    Nothing is fetched. Raises RunError if there are none, or if they have other classes.
+    """
+    if source.images is not None:
+        dataset = picture_folder.load_test(source.images, trained.recipe.image_size)
+    elif trained.recipe.name == DEMO.name:
+        dataset = demo_shapes.load(source.data_dir, "test")
+    else:
+        dataset = data.load(source.data_dir, "test")
+    if dataset.classes != trained.classes:
+        raise RunError(
+            f"the test images in {source.images or source.data_dir} have the classes {', '.join(dataset.classes)}, "
+            f"the network {', '.join(trained.classes)}; name their folder with --images"
+        )
+    return dataset
+
+
+def recorded_source(path: Path, data_dir: Path | None = None, images: Path | None = None) -> Source:
+    """Where the images of a checkpoint or run folder are: as the user says, else as its `config.json` says.
+
+    Without such a file it is where `train.py` looks by default. A `data_dir` from the user means no picture folder.
+    """
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    try:
+        runtime = json.loads(config.read_text(encoding="utf-8"))["runtime"]
+        recorded = Source(Path(runtime["data_dir"]), Path(runtime["images"]) if runtime.get("images") else None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        recorded = Source(Runtime.data_dir, None)
+    return Source(data_dir or recorded.data_dir, images or (None if data_dir else recorded.images))
+
+
+def identity(dataset: DataSet, train: Tensor, val: Tensor) -> dict[str, int | str]:
+    """What a checkpoint keeps to know its images again: how many train and validate, and the digest of a user's own."""
+    return {"train": len(train), "val": len(val)} | ({"digest": dataset.digest} if dataset.digest else {})
+
+
+def load_for_network(trained: TrainedNetwork, source: Source, *, fetch: bool) -> tuple[DataSet, Tensor, Tensor]:
+    """`load_images` for a trained network. Raises RunError if it was trained with other images.
+
+    With others the split would be another one too, and images that the network has learnt would validate it.
+    """
+    if source.images is None and "digest" in trained.images:
+        raise RunError("this network was trained with a folder of pictures; name it with --images")
+    dataset, train, val = load_images(trained.recipe, *source, fetch=fetch)
+    if dataset.classes != trained.classes or identity(dataset, train, val) != trained.images:
+        raise RunError(
+            f"{source.images or source.data_dir} does not hold the images that this network was trained with; "
+            f"name the right folder with {'--images' if source.images else '--data-dir'}"
+        )
+    return dataset, train, val

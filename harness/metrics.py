@@ -1,0 +1,85 @@
+"""Figures from logits and labels: accuracy, its interval of an accuracy, confusion, calibration."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def hits_and_loss(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of right answers (int64) and mean cross-entropy, both 0-dim on the device, without waiting for it."""
+    return (scores.argmax(1) == labels).sum(), F.cross_entropy(scores, labels)
+
+
+def accuracy(scores: Tensor, labels: Tensor) -> float:
+    """Share of right answers, 0 … 1, from logits (N, K) and labels (N,)."""
+    return (scores.argmax(1) == labels).double().mean().item()
+
+
+def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval for a share of `hits` in `n` (J. Am. Stat. Assoc. 22, 1927); z = 1.96 for 95 %.
+
+    Raises ValueError unless 0 <= hits <= n and n >= 1.
+    """
+    if n < 1 or not 0 <= hits <= n:
+        raise ValueError(f"an interval needs 0 <= hits <= n with n from 1 up, not {hits} of {n}")
+    share, spread = hits / n, z * z / n
+    centre = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def confusion(predictions: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Counts int64 (K, K) on the CPU: row true class, column predicted, from int64 (N,) each."""
+    return torch.bincount((labels * classes + predictions).cpu(), minlength=classes**2).view(classes, classes)
+
+
+def per_class_accuracy(matrix: Tensor) -> Tensor:
+    """Share of each class that is answered rightly, float64 (K,), from `confusion`; nan for a class without images."""
+    return matrix.diagonal().double() / matrix.sum(1)
+
+
+class Reliability(NamedTuple):
+    """Predictions binned by the confidence in their answer: float64 (bins,) each, nan means for an empty bin."""
+
+    count: Tensor
+    confidence: Tensor
+    accuracy: Tensor
+
+
+def reliability(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Reliability:
+    """Mean confidence and accuracy in `bins` equal bins (low, high] of the top class's probability, from (N, K)."""
+    confidence, predictions = probabilities.double().cpu().max(1)
+    hits = (predictions == labels.cpu()).double()
+    index = torch.bucketize(confidence, torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1])
+    count = torch.bincount(index, minlength=bins).double()
+    mean_of = [torch.bincount(index, weights=values, minlength=bins) / count for values in (confidence, hits)]
+    return Reliability(count, *mean_of)
+
+
+def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Expected calibration error, 0 … 1: the mean gap between confidence and accuracy (arXiv 1706.04599)."""
+    count, confidence, share = reliability(probabilities, labels, bins)
+    return ((confidence - share).abs().nan_to_num() * count).sum().item() / count.sum().item()
+
+
+def figures(scores: Tensor, labels: Tensor, classes: Sequence[str], images: int) -> dict[str, Any]:
+    """What is reported of a scoring, as plain values: from logits (n, K) and labels (n,) of `images` images.
+
+    Several views of an image count towards the accuracy, but not as images of their own in its 95% interval.
+    """
+    hits, loss = hits_and_loss(scores, labels)
+    share = hits.item() / len(labels)
+    shares = per_class_accuracy(confusion(scores.argmax(1), labels, len(classes))).tolist()
+    return {
+        "images": images,
+        "predictions": len(labels),
+        "accuracy": share,
+        "interval_95": list(wilson(round(share * images), images)),
+        "loss": loss.item(),
+        "calibration_error": calibration_error(scores.softmax(1), labels),
+        "per_class": {name: None if math.isnan(value) else value for name, value in zip(classes, shares, strict=True)},
+    }

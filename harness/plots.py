@@ -1,0 +1,327 @@
+"""Pictures of runs: curves from the rows of metrics.csv, sheets of images, and what a network gets wrong.
+
+Each function draws, saves a PNG at `path` (whole or not at all; RunError if it cannot) and returns the Figure.
+`rows` are dicts with the keys stage (from 1), epoch (from 1 over the whole run), train_loss, train_accuracy, val_loss
+and val_accuracy (accuracies 0 … 1; None where an epoch was not scored). Sizes suit a page of 800 px; colours are those
+of Okabe and Ito, which colour-blind people tell apart. pyplot, with its global state, is not used.
+"""
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+# A notebook's kernel names a backend for all that it starts, which need not be installed where this runs: matplotlib
+# would then refuse to be imported. No plot here needs one, so it is offered to matplotlib afterwards.
+_backend = os.environ.pop("MPLBACKEND", None)
+import matplotlib  # noqa: E402
+
+if _backend is not None:
+    os.environ["MPLBACKEND"] = _backend
+    with contextlib.suppress(ValueError):
+        matplotlib.rcParams["backend"] = _backend
+
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from harness.files import atomic_write
+from harness.metrics import wilson
+
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+GREY = "#666666"
+CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, "#000000")
+DPI = 150
+
+Row = Mapping[str, float | None]
+
+
+def accuracy(
+    path: Path,
+    rows: Sequence[Row],
+    *,
+    title: str,
+    val_images: int,
+    restarts: Sequence[float] = (),
+    stage_names: Sequence[str] = (),
+) -> Figure:
+    """Validation accuracy with its 95% Wilson interval, and training accuracy; best point labelled.
+
+    `val_images`: how many images each validation accuracy is of. `restarts`: epochs on the axis of the rows.
+    """
+    figure, axes = _canvas("epoch", "accuracy")
+    epochs, values = _column(rows, "val_accuracy")
+    axes.plot(*_column(rows, "train_accuracy"), color=ORANGE, lw=0.9, label="train (augmented views)", **_mark(rows))
+    facts = "no validation"
+    if len(epochs):
+        bounds = np.array([wilson(round(value * val_images), val_images) for value in values])
+        _band(axes, epochs, bounds)
+        axes.plot(epochs, values, color=BLUE, lw=1.5, label=f"val ({val_images:,} images)", **_mark(epochs))
+        best = int(np.argmax(values))
+        _label_best(axes, epochs[best], values[best])
+        low, high = bounds[-1]
+        facts = (
+            f"val accuracy: last {values[-1]:.1%} ({low:.1%} to {high:.1%}), "
+            f"best {values[best]:.1%} at epoch {epochs[best]:g}, selected on these images"
+        )
+    _percent(axes.yaxis)
+    _timeline(axes, [row["epoch"] for row in rows], [row["stage"] for row in rows], stage_names, restarts)
+    axes.legend(loc="lower right", fontsize=9)
+    _title(figure, title, facts)
+    return _save(figure, path)
+
+
+def losses(
+    path: Path,
+    rows: Sequence[Row],
+    *,
+    title: str,
+    restarts: Sequence[float] = (),
+    stage_names: Sequence[str] = (),
+) -> Figure:
+    """Training and validation loss."""
+    figure, axes = _canvas("epoch", "loss (nats per image)")
+    facts = []
+    for name, key, colour in (("train", "train_loss", ORANGE), ("val", "val_loss", BLUE)):
+        epochs, values = _column(rows, key)
+        if len(epochs):
+            axes.plot(epochs, values, color=colour, lw=1.2, label=name, **_mark(epochs))
+            least = int(np.argmin(values))
+            facts.append(f"{name} loss: last {values[-1]:.3f}, lowest {values[least]:.3f} at epoch {epochs[least]:g}")
+    _timeline(axes, [row["epoch"] for row in rows], [row["stage"] for row in rows], stage_names, restarts)
+    if axes.lines:
+        axes.legend(loc="upper right", fontsize=9)
+    _title(figure, title, " · ".join(facts))
+    return _save(figure, path)
+
+
+def learning_rate(
+    path: Path,
+    epochs: Sequence[float],
+    rates: Sequence[float],
+    stages: Sequence[int],
+    *,
+    title: str,
+    restarts: Sequence[float] = (),
+    stage_names: Sequence[str] = (),
+) -> Figure:
+    """Learning rate on a logarithmic scale of four decades; one epoch, rate and stage (from 1) a point."""
+    figure, axes = _canvas("epoch", "learning rate")
+    peak = max(rates)
+    axes.plot(epochs, rates, color=BLUE, lw=1.5, **_mark(epochs))
+    axes.set_yscale("log", nonpositive="mask")  # the warm-up begins at 0
+    axes.set_ylim(peak * 1e-4, peak * 2)
+    _timeline(axes, epochs, stages, stage_names, restarts)
+    _title(figure, title, f"learning rate: peak {peak:.3g}, last {rates[-1]:.2g}")
+    return _save(figure, path)
+
+
+def comparison(path: Path, runs: Mapping[str, Sequence[Row]], *, title: str) -> Figure:
+    """Validation accuracy of several runs, {name: rows}; the legend tells each run's best and last."""
+    figure, axes = _canvas("epoch", "val accuracy")
+    for index, (name, rows) in enumerate(runs.items()):
+        epochs, values = _column(rows, "val_accuracy")
+        if not len(epochs):
+            continue
+        style = {"color": CYCLE[index % len(CYCLE)], "ls": ("-", "--", ":", "-.")[index // len(CYCLE) % 4]}
+        label = f"{_plain(name)}: best {max(values):.1%}, last {values[-1]:.1%}"
+        axes.plot(epochs, values, lw=1.3, label=label, **style, **_mark(epochs))
+    _percent(axes.yaxis)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if axes.lines:
+        axes.legend(loc="lower right", fontsize=9)
+    _title(figure, title)
+    return _save(figure, path)
+
+
+def accuracy_against_size(
+    path: Path, sizes: Sequence[int], accuracies: Sequence[float], *, title: str, images: int
+) -> Figure:
+    """Accuracy of one network over the size in px at which `images` images are scored, with 95% intervals."""
+    figure, axes = _canvas("eval size in px", "accuracy")
+    bounds = np.array([wilson(round(value * images), images) for value in accuracies])
+    _band(axes, sizes, bounds)
+    axes.plot(sizes, accuracies, color=BLUE, lw=1.5, marker="o", ms=5, label=f"accuracy ({images:,} images)")
+    best = int(np.argmax(accuracies))
+    _label_best(axes, sizes[best], accuracies[best])
+    axes.set_xticks(sizes)
+    _percent(axes.yaxis)
+    axes.legend(loc="best", fontsize=9)
+    _title(figure, title, f"best {accuracies[best]:.1%} at {sizes[best]} px")
+    return _save(figure, path)
+
+
+def confusion(path: Path, matrix: np.ndarray, class_names: Sequence[str], *, title: str) -> Figure:
+    """Confusion matrix: counts (K, K), row true class, column predicted; colour is the share of the row."""
+    matrix = np.asarray(matrix)
+    figure, axes = _canvas("predicted", "true", height=7.0)
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(matrix):
+        if count and len(class_names) <= 20:
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, f"{count}", ha="center", va="center", fontsize=9, color=colour)
+    names = [_plain(name) for name in class_names]
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), names)
+    axes.grid(False)
+    _title(figure, title, f"{np.trace(matrix):,} of {matrix.sum():,} right: {np.trace(matrix) / matrix.sum():.1%}")
+    return _save(figure, path)
+
+
+def per_class(path: Path, matrix: np.ndarray, class_names: Sequence[str], *, title: str) -> Figure:
+    """Accuracy of each class with its 95% interval, worst first, from the counts of a confusion matrix (K, K)."""
+    matrix = np.asarray(matrix)
+    figure, axes = _canvas("accuracy", "", height=0.32 * len(class_names) + 1.6)
+    hits, totals = matrix.diagonal(), matrix.sum(1)
+    shares = hits / np.maximum(totals, 1)
+    order = [int(index) for index in np.argsort(-shares, kind="stable") if totals[index]]
+    for place, index in enumerate(order):
+        low, high = wilson(int(hits[index]), int(totals[index]))
+        axes.barh(place, shares[index], color=SKY, height=0.7)
+        axes.plot([low, high], [place, place], color="black", lw=1.2)
+        axes.text(1.01, place, f"{shares[index]:.1%} of {totals[index]:,}", va="center", fontsize=9)
+    axes.set_yticks(range(len(order)), [_plain(class_names[index]) for index in order])
+    axes.set_xlim(0, 1)
+    axes.grid(False, axis="y")
+    _percent(axes.xaxis)
+    _title(figure, title, f"mean over classes {shares[order].mean():.1%}; line: 95% interval")
+    return _save(figure, path)
+
+
+def reliability(
+    path: Path, count: np.ndarray, confidence: np.ndarray, share: np.ndarray, *, title: str, error: float
+) -> Figure:
+    """Accuracy over confidence, from equal bins of it (`scoring.reliability`), with the share of images in each.
+
+    `error`: the expected calibration error, 0 … 1, told in the title.
+    """
+    count, confidence, share = (np.asarray(values, dtype=float) for values in (count, confidence, share))
+    edges = np.linspace(0, 1, len(count) + 1)
+    figure, axes = _canvas("confidence", "accuracy", height=5.0)
+    width = {"width": 0.9 / len(count), "align": "center"}
+    middle = (edges[1:] + edges[:-1]) / 2
+    axes.bar(middle, count / count.sum(), color="#BBBBBB", label="share of images", **width)
+    axes.plot([0, 1], [0, 1], color=GREY, lw=1, ls="--", label="perfectly calibrated")
+    filled = count > 0
+    axes.plot(confidence[filled], share[filled], color=BLUE, marker="o", ms=5, lw=1.5, label="network")
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    for axis in (axes.xaxis, axes.yaxis):
+        _percent(axis)
+    axes.legend(loc="upper left", fontsize=9)
+    _title(figure, title, f"expected calibration error {error:.1%} over {count.sum():,.0f} images")
+    return _save(figure, path)
+
+
+def sample_sheet(
+    path: Path, images: np.ndarray, titles: Sequence[str] | None = None, *, columns: int = 8, heading: str
+) -> Figure:
+    """A contact sheet of images (N, 3, s, s), uint8 or float in [0, 1], each with its title below if there are any."""
+    images = np.asarray(images)
+    images = images if images.dtype == np.uint8 else (images.clip(0, 1) * 255).round().astype(np.uint8)
+    columns, size = min(columns, len(images)), images.shape[-1]
+    lines = 1 + max(title.count("\n") for title in titles) if titles else 0
+    width = 8.0
+    cell = width / columns  # inches
+    gap = max(2, round(size / 24))
+    below = gap + round(lines * 0.17 / cell * size)
+    rows = -(-len(images) // columns)
+    sheet = np.full((rows * (size + below), columns * (size + gap), 3), 255, dtype=np.uint8)
+    figure = Figure(figsize=(width, width * sheet.shape[0] / sheet.shape[1] + 0.35), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    for index, image in enumerate(images):
+        top, left = index // columns * (size + below), index % columns * (size + gap)
+        sheet[top : top + size, left : left + size] = image.transpose(1, 2, 0)
+        if titles:
+            place = (left + size / 2, top + size + gap / 4)
+            axes.text(*place, _plain(titles[index]), ha="center", va="top", fontsize=8)
+    axes.imshow(sheet, interpolation="bilinear")
+    axes.set_axis_off()
+    _title(figure, heading)
+    return _save(figure, path)
+
+
+def _canvas(x_label: str, y_label: str, height: float = 4.5) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8, height), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(True, color="#E5E5E5", lw=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _plain(text: str) -> str:
+    """Names of files and classes are no formulas, whatever dollar signs are in them."""
+    return text.replace("$", r"\$")
+
+
+def _title(figure: Figure, title: str, facts: str = "") -> None:
+    figure.suptitle(_plain(f"{title}\n{facts}" if facts else title), fontsize=10.5, x=0.01, ha="left")
+
+
+def _column(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Epochs and values of the rows that have a value."""
+    points = [(row["epoch"], row[key]) for row in rows if row[key] is not None and np.isfinite(row[key])]
+    epochs, values = np.array(points, dtype=float).reshape(-1, 2).T
+    return epochs, values
+
+
+def _mark(points: Sequence) -> dict:
+    """Points of their own for short runs, where a line alone shows little or (one epoch) nothing."""
+    return {"marker": "o", "ms": 3} if len(points) <= 30 else {}
+
+
+def _label_best(axes: Axes, x: float, y: float) -> None:
+    axes.plot([x], [y], color=RED, marker="o", ms=6, ls="none", zorder=5)
+    inward = "right" if x > sum(axes.get_xlim()) / 2 else "left"
+    axes.annotate(f"best {y:.1%}", (x, y), (0, 9), textcoords="offset points", ha=inward, color=RED, fontsize=9)
+    axes.margins(y=0.12)
+
+
+def _band(axes: Axes, x: Sequence[float], bounds: np.ndarray) -> None:
+    style = {"color": BLUE, "alpha": 0.18, "label": "95% interval"}
+    if len(x) == 1:  # a band has no area there
+        axes.vlines(x, *bounds.T, lw=8, **style)
+    else:
+        axes.fill_between(x, *bounds.T, lw=0, **style)
+
+
+def _percent(axis: Axis) -> None:
+    axis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+
+
+def _timeline(
+    axes: Axes, epochs: Sequence[float], stages: Sequence[int], names: Sequence[str], restarts: Sequence[float]
+) -> None:
+    """Faint lines at restarts, firm ones between stages, and each stage's name above its part."""
+    if not len(epochs):
+        return
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(epochs) == 1:
+        axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
+    for epoch in restarts:
+        if epochs[0] < epoch <= epochs[-1]:
+            axes.axvline(epoch, color=GREY, lw=0.6, ls=":", alpha=0.7, zorder=0)
+    starts = [i for i in range(len(stages)) if i == 0 or stages[i] != stages[i - 1]]
+    for start, end in zip(starts, [*starts[1:], len(stages)], strict=True):
+        if start:
+            axes.axvline((epochs[start - 1] + epochs[start]) / 2, color=GREY, lw=1.2, zorder=0)
+        if names:
+            _name_stage(axes, names[stages[start] - 1], epochs[start], epochs[end - 1], start == 0, end == len(stages))
+
+
+def _name_stage(axes: Axes, name: str, start: float, end: float, first: bool, last: bool) -> None:
+    """The outer names face inwards, so that those of very short stages stay legible."""
+    x, side = (start, "left") if first else (end, "right") if last else ((start + end) / 2, "center")
+    axes.text(x, 1.01, name, transform=axes.get_xaxis_transform(), ha=side, fontsize=9, color=GREY)
+
+
+def _save(figure: Figure, path: Path) -> Figure:
+    with atomic_write(Path(path)) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
+    return figure

@@ -1,0 +1,116 @@
+"""How an epoch goes: a bar on a terminal, the rate of its warm steps, and when stage and run will end."""
+
+import contextlib
+import datetime
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from harness import cost
+from harness.machine import Machine
+from harness.text import duration
+from recipes import CPU, Recipe, build_network
+
+COLD_STEPS = 5  # of an epoch: compilation, captured graphs, fresh memory
+WARM_STEPS = 10  # after them, which are timed
+LONG = 4 * 3600.0  # seconds
+
+
+class Progress:
+    """Watches the epochs of a run on `images` training images, without waiting for the device.
+
+    `samples_per_second` and `cold_seconds` are of the epoch last watched: its rate, and what its first steps took
+    beyond that, by compilation above all.
+    """
+
+    def __init__(self, machine: Machine, recipe: Recipe, net: nn.Module, images: int, classes: int) -> None:
+        self.machine, self.recipe, self.net, self.images, self.classes = machine, recipe, net, images, classes
+        self.samples_per_second, self.cold_seconds = 0.0, 0.0
+        self._forecast_of: int | None = None  # the stage whose end has been announced
+        self._compiled: set[int] = set()
+
+    @contextlib.contextmanager
+    def epoch(self, epochs_done: int, rows: Sequence[Mapping[str, Any]]) -> Iterator[Callable[[], None]]:
+        """Watch the epoch after `epochs_done` finished ones; what it yields is to be called after each step.
+
+        The bar shows the last loss of `rows`, which is of the epoch before: it must not wait for the device.
+        """
+        stage_index, epoch = self.recipe.stage_and_epoch(epochs_done)
+        stage = self.recipe.stages[stage_index]
+        size, steps = stage.crop_size_at(epoch), self.images * self.recipe.views_per_image // stage.batch
+        compiles = self.machine.compile and size not in self._compiled
+        self._compiled.add(size)
+        if compiles and self.machine.leads:
+            print(f"compiling the step for {size} px …", flush=True)
+        began, cold, clock = time.perf_counter(), 0.0, WarmClock(self.machine.device)
+        hidden = None if self.machine.leads else True  # None: hidden where there is no terminal
+        title = f"epoch {epochs_done + 1}/{self.recipe.epochs}"
+        postfix = f"loss {rows[-1]['train_loss']:.3f}" if rows else ""
+        with tqdm(total=steps, desc=title, postfix=postfix, unit="batch", leave=False, disable=hidden) as bar:
+
+            def tick() -> None:
+                nonlocal cold
+                bar.update()
+                clock.tick()
+                if clock.steps == COLD_STEPS:
+                    cold = time.perf_counter() - began
+                if clock.step_seconds and self._forecast_of != stage_index and self.machine.leads:
+                    self._forecast_of = stage_index
+                    tqdm.write(self.forecast(epochs_done, stage.batch / clock.step_seconds))
+
+            yield tick
+        seconds = time.perf_counter() - began
+        extra = cold - COLD_STEPS * clock.step_seconds if compiles and clock.step_seconds else 0.0
+        self.cold_seconds = min(max(extra, 0.0), seconds)
+        self.samples_per_second = steps * stage.batch / max(seconds - self.cold_seconds, 1e-9)
+
+    def forecast(self, epochs_done: int, rate: float) -> str:
+        """When stage and run will end, by the samples per second of the epoch after `epochs_done` finished ones."""
+        recipe, machine = self.recipe, self.machine
+        modelled = cost.modelled_rates(machine, recipe, self.net)
+        speed = rate / modelled[recipe.crop_size_at(epochs_done)]
+        rates = {size: speed * modelled_rate for size, modelled_rate in modelled.items()}
+        stage_index, _ = recipe.stage_and_epoch(epochs_done)
+        last = recipe.first_epoch_of(stage_index + 1)
+        stage, run = (
+            cost.seconds_at_rates(recipe, self.images, rates, epochs_done, end) for end in (last, recipe.epochs)
+        )
+        words = f"{rate:,.0f} samples/s: stage {stage_index + 1} ends {_clock_time(stage)}"
+        words += f", the run {_clock_time(run)} (in {duration(run)})" if run > stage else f" (in {duration(stage)})"
+        if machine.device.type == "cpu" and run > LONG and recipe.name != CPU.name:
+            shorter = build_network(CPU, self.classes)
+            modelled = cost.modelled_rates(machine, CPU, shorter)
+            seconds = cost.seconds_at_rates(CPU, self.images, {n: speed * r for n, r in modelled.items()})
+            words += f"\nthat is long for a CPU; --recipe cpu would take about {duration(seconds)}, --demo one minute"
+        return words
+
+
+class WarmClock:
+    """Times WARM_STEPS steps after COLD_STEPS, by the device's own clock; `step_seconds` is 0 until it is known."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda, self.steps, self.step_seconds = device.type == "cuda", 0, 0.0
+        self._marks: list = []
+
+    def tick(self) -> None:
+        """Note the end of a step."""
+        self.steps += 1
+        if self.steps in (COLD_STEPS, COLD_STEPS + WARM_STEPS):
+            self._marks.append(torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter())
+            if self.cuda:
+                self._marks[-1].record()
+        if len(self._marks) < 2 or self.step_seconds:
+            return
+        first, last = self._marks
+        if not self.cuda:
+            self.step_seconds = (last - first) / WARM_STEPS
+        elif last.query():  # else it is not reached yet: ask again after the next step
+            self.step_seconds = first.elapsed_time(last) / 1000 / WARM_STEPS
+
+
+def _clock_time(seconds: float) -> str:
+    return f"about {datetime.datetime.now() + datetime.timedelta(seconds=seconds):%A %H:%M}"

@@ -1,0 +1,179 @@
+"""What an evaluation says: the entry of `report.json`, the table and notes on the terminal, and the pictures."""
+
+import hashlib
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from harness import metrics, plots, scoring
+from harness.checkpoint import TrainedNetwork
+from harness.text import table
+from model import PARAMETER_BUDGET, count_parameters
+
+MISTAKES = 32  # on the sheet
+PICTURES = ("confusion.png", "per_class.png", "mistakes.png", "reliability.png", "sizes.png")
+Entry = dict[str, Any]
+
+
+def name(members: Sequence[TrainedNetwork]) -> str:
+    """The checkpoint file of a network, or those of an ensemble."""
+    return " + ".join(str(member.file) for member in members)
+
+
+def entry(members: Sequence[TrainedNetwork], about: list[Entry], split: str, results: list[Entry], shown: int) -> Entry:
+    """All that is said of a network, or an ensemble; `shown` is the index of the result that pictures show."""
+    return {
+        "name": name(members),
+        "split": split,
+        "parameters": sum(count_parameters(member.model) for member in members),
+        "members": about,
+        "notes": _notes(members, split, results),
+        "results": results,
+        "shown": shown,
+    }
+
+
+def about(member: TrainedNetwork) -> Entry:
+    """Which network it is. To be asked at once: the run may go on and replace the file."""
+    return {
+        "checkpoint": str(member.file),
+        "sha256": hashlib.sha256(member.file.read_bytes()).hexdigest(),
+        "recipe": member.recipe.name,
+        "seed": member.recipe.seed,
+        "split_seed": member.recipe.split_seed,
+        "fold": member.recipe.fold,
+        "epoch": member.epoch,
+        "epochs": member.recipe.epochs,
+        "selected_on_val": member.selected,
+    }
+
+
+def _notes(members: Sequence[TrainedNetwork], split: str, results: list[Entry]) -> list[str]:
+    """What the reader of a figure must know, one sentence each."""
+    notes = []
+    if split == "test":
+        notes.append("test images choose nothing: this figure is honest for as long as nothing is chosen by it")
+    elif any(member.selected for member in members):
+        notes.append(
+            "the network of the best epoch was selected on these very images, which flatters it; "
+            "without --best the last epoch's is scored, which was not"
+        )
+    else:
+        notes.append("these images did not select the network: it is the last epoch's")
+    for member in members:
+        if not member.selected and member.epoch < member.recipe.epochs:
+            notes.append(f"{member.file} is of epoch {member.epoch} of {member.recipe.epochs}: the run is not finished")
+    if split == "val" and len(results) > 1:
+        notes.append("the best of several sizes is selected on these images as well")
+    if any(member.recipe.init for member in members):
+        notes.append("the run began with weights of another one; what those had learnt from is not known here")
+    if len(members) > 1:
+        total = sum(count_parameters(member.model) for member in members)
+        notes.append(
+            f"an ensemble of {len(members)} networks with {total:,} parameters together: "
+            f"the budget of {PARAMETER_BUDGET:,} is for one"
+        )
+    if results[0]["tta"] == "original":
+        notes.append(
+            f"scored as the original project did: {scoring.ORIGINAL_VIEWS} random views of each image, "
+            f"{results[0]['predictions']:,} in batches of {results[0]['batch']}, by the statistics of their batch; "
+            "the interval counts images, not views"
+        )
+    return notes
+
+
+def text(entries: Sequence[Entry]) -> str:
+    """Table and notes for the terminal: accuracy by class of one network, mean and spread of several."""
+    rows = [_row(entry, result) for entry in entries for result in entry["results"]]
+    header = ("network", "size", "tta", "accuracy", "95% interval", "loss", "calibration error")
+    lines = [table(header, rows)]
+    if len(entries) == 1:
+        result = entries[0]["results"][entries[0]["shown"]]
+        classes = sorted((share, name) for name, share in result["per_class"].items() if share is not None)
+        listed = ", ".join(f"{name} {share:.1%}" for share, name in classes)
+        lines.append(f"by class at {result['size']} px, worst first: {listed}")
+    for row in over_networks(entries) if len(entries) > 1 else ():
+        lines.append(
+            f"accuracy {row['mean']:.1%} ± {row['standard_deviation']:.1%} at {row['size']} px "
+            f"(mean and standard deviation of {row['networks']} networks)"
+        )
+    notes = dict.fromkeys(note for entry in entries for note in entry["notes"])
+    return "\n".join(lines + [f"note: {note}" for note in notes])
+
+
+def _row(entry: Entry, result: Entry) -> list[str]:
+    low, high = result["interval_95"]
+    return [
+        entry["name"] if len(entry["members"]) == 1 else _short(entry),
+        f"{result['size']}",
+        f"{result['tta']}",
+        f"{result['accuracy']:.1%}",
+        f"{low:.1%} to {high:.1%}",
+        f"{result['loss']:.3f}",
+        f"{result['calibration_error']:.1%}",
+    ]
+
+
+def over_networks(entries: Sequence[Entry]) -> list[Entry]:
+    """Mean and sample standard deviation of the accuracy of two networks or more, at each size."""
+    together = []
+    for results in zip(*(entry["results"] for entry in entries), strict=True):
+        accuracies = [result["accuracy"] for result in results]
+        together.append(
+            {
+                "size": shared([result["size"] for result in results]),
+                "networks": len(accuracies),
+                "mean": statistics.fmean(accuracies),
+                "standard_deviation": statistics.stdev(accuracies),
+            }
+        )
+    return together
+
+
+def shared(values: Sequence[Any]) -> Any:
+    """The one value that all have, or the list of them."""
+    return values[0] if len(set(values)) == 1 else list(values)
+
+
+def clear_pictures(folder: Path) -> None:
+    """Remove the pictures of an earlier evaluation: those of this one need not be the same."""
+    for picture in PICTURES:
+        (folder / picture).unlink(missing_ok=True)
+
+
+def draw(folder: Path, entry: Entry, classes: Sequence[str], images: Tensor, labels: Tensor, scores: Tensor) -> None:
+    """The pictures of one evaluation, of images uint8 (N, 3, H, W) with labels (N,) and logits (N, K)."""
+    images, labels, scores = (part.cpu() for part in (images, labels, scores))
+    results, result = entry["results"], entry["results"][entry["shown"]]
+    matrix = metrics.confusion(scores.argmax(1), labels, len(classes)).numpy()
+    probabilities = scores.softmax(1)
+    selected = any(member["selected_on_val"] for member in entry["members"]) and entry["split"] == "val"
+    title = f"{_short(entry)}: {len(labels):,} {entry['split']} images{' (that selected it)' if selected else ''}"
+    sized = f"{title} at {result['size']} px"
+    plots.confusion(folder / "confusion.png", matrix, classes, title=sized)
+    plots.per_class(folder / "per_class.png", matrix, classes, title=sized)
+    bins = [part.numpy() for part in metrics.reliability(probabilities, labels)]
+    plots.reliability(folder / "reliability.png", *bins, title=sized, error=result["calibration_error"])
+    if len(results) > 1:
+        sizes, shares = zip(*((each["size"], each["accuracy"]) for each in results), strict=True)
+        plots.accuracy_against_size(folder / "sizes.png", sizes, shares, title=title, images=len(labels))
+    confidence, predictions = probabilities.max(1)
+    wrong = (predictions != labels).nonzero()[:, 0]
+    if len(wrong):
+        worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][:MISTAKES]
+        plots.sample_sheet(
+            folder / "mistakes.png",
+            images[worst].numpy(),
+            [f"{classes[predictions[i]]} {confidence[i]:.0%}\n(is {classes[labels[i]]})" for i in worst.tolist()],
+            heading=f"{sized}\nthe {len(worst)} most confident of {len(wrong):,} mistakes",
+        )
+
+
+def _short(entry: Entry) -> str:
+    """Run and file of a network; an ensemble by its size."""
+    if len(entry["members"]) > 1:
+        return f"ensemble of {len(entry['members'])}"
+    return "/".join(Path(entry["members"][0]["checkpoint"]).parts[-2:])

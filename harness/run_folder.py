@@ -1,0 +1,327 @@
+"""What a run leaves behind: configuration, one row per epoch, checkpoints, plots and a summary."""
+
+import contextlib
+import csv
+import importlib.metadata
+import io
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from augment import EpochDraws, denormalise, make_batch
+from harness import checkpoint, files, plots
+from harness.cli import Runtime
+from harness.errors import RunError
+from harness.machine import Machine
+from harness.metrics import wilson
+from harness.tensorboard_log import EVENT_FILES, TensorBoardLog
+from harness.text import duration
+from model import count_parameters
+from recipes import Recipe
+from scheduler import restart_epochs
+
+COLUMNS = (
+    "stage",
+    "epoch",
+    "lr",
+    "train_loss",
+    "train_accuracy",
+    "val_loss",
+    "val_accuracy",
+    "seconds",
+    "samples_per_second",
+)
+SECONDS_BETWEEN_PLOTS = 60.0
+ON_SHEET = 32  # views
+PLOTS = ("accuracy.png", "losses.png", "learning_rate.png", "views-stage*.png")
+# in the order of removal: a kill in the middle leaves a whole run or none
+CHECKPOINTS = ("previous.pt", "last.pt", "best.pt", "stage*.pt")
+OWN_FILES = (*CHECKPOINTS, "metrics.csv", "summary.json", "config.json", *PLOTS, EVENT_FILES)
+
+
+class RunFolder:
+    """The folder of a run. `rows` is the truth: CSV and plots are made from it and can always be made again.
+
+    Of several processes only the leader's writes and prints; in the others it takes up the same state and counts.
+    """
+
+    def __init__(
+        self, folder: Path, recipe: Recipe, classes: tuple[str, ...], images: dict[str, Any], machine: Machine
+    ) -> None:
+        self.folder, self.recipe, self.classes, self.images, self.machine = folder, recipe, classes, images, machine
+        self.rows: list[dict[str, Any]] = []
+        self._tensorboard: TensorBoardLog | None = None
+        self._drawn = time.monotonic()
+
+    @property
+    def epochs_done(self) -> int:
+        """Number of finished epochs."""
+        return len(self.rows)
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """`best_row` of the rows so far."""
+        return best_row(self.rows)
+
+    def locked(self) -> contextlib.AbstractContextManager:
+        """The context in which no other run uses the folder. Raises RunError if one does."""
+        return files.locked(self.folder, wait=False) if self.machine.leads else contextlib.nullcontext()
+
+    def resume(self, overwrite: bool, tensorboard: bool = False) -> dict[str, Any] | None:
+        """Take up the state in the folder and return it, or None if there is none or it is to be overwritten.
+
+        Raises RunError if the state is unusable, or of a run with other settings or images.
+        """
+        self._tensorboard = TensorBoardLog(self.folder) if tensorboard and self.machine.leads else None
+        if self.machine.leads:
+            self._remove(f".{name}.tmp" for name in OWN_FILES)  # of a killed run; nobody else writes here now
+            if overwrite:
+                self._remove(OWN_FILES)
+        try:
+            state, warning = checkpoint.resume(self.folder)
+        except checkpoint.Damaged as error:
+            raise RunError(f"{error}; --overwrite starts anew") from error
+        if warning:
+            print(f"warning: {warning}", file=sys.stderr)
+        if state is not None:
+            try:
+                self._require_same_settings(state)
+                self.rows = list(state["rows"])
+            except checkpoint.MISMATCH_ERRORS as error:
+                raise RunError(f"{self.folder / 'last.pt'} is no state of a run; --overwrite starts anew") from error
+            self._write_derived(state)
+        return state
+
+    def _remove(self, patterns: Iterable[str]) -> None:
+        for pattern in patterns:
+            for path in self.folder.glob(pattern):
+                path.unlink()
+
+    def _require_same_settings(self, state: dict[str, Any]) -> None:
+        now = {**_flat(self.recipe.as_dict()), "images": self.images, "classes": list(self.classes)}
+        recipe = Recipe.from_dict(state["recipe"]).as_dict()  # a setting that is newer than the state has its default
+        then = {**_flat(recipe), "images": state["images"], "classes": state["classes"]}
+        changed = [f"{k} was {then.get(k)}, now {now.get(k)}" for k in now | then if now.get(k) != then.get(k)]
+        if changed:
+            raise RunError(
+                f"{self.folder} holds a run with other settings ({'; '.join(changed)}); "
+                "give the same settings, another --out, or --overwrite"
+            )
+
+    def write_config(self, runtime: Runtime, net: torch.nn.Module) -> None:
+        """Write `config.json`: the settings and all that they met with on this machine."""
+        if not self.machine.leads:
+            return
+        config = {
+            "recipe": self.recipe.as_dict(),
+            "runtime": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(runtime).items()},
+            "images": self.images,
+            "parameters": count_parameters(net),
+            **self.machine.as_dict(),
+            "versions": {
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy", "matplotlib")},
+            },
+            "git": _revision(),
+        }
+        files.write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+    def require_finite(self, losses: Tensor, learnt: bool, val_loss: float | None) -> None:
+        """Raise RunError that names the first number of an epoch that is not finite.
+
+        `losses` of its steps (steps,), what was `learnt` as a whole, and the validation loss.
+        """
+        bad = (~losses.isfinite()).nonzero()
+        if len(bad):
+            what = f"the loss of step {int(bad[0]) + 1}"
+        elif not learnt:
+            what = "a weight, running statistic or optimiser value after the last step"
+        elif val_loss is not None and not math.isfinite(val_loss):
+            what = "the validation loss"
+        else:
+            return
+        way_out = "Try a lower --lr or --precision fp32"
+        if self.epochs_done:
+            way_out += ", with another --out; "
+            way_out += f"--init {self.folder / 'last.pt'} starts from the weights of epoch {self.epochs_done}"
+        raise RunError(
+            f"{what} of epoch {self.epochs_done + 1} is not a finite number, so the run has stopped. {way_out}"
+        )
+
+    def commit(self, row: dict[str, Any], learnt: dict[str, Any]) -> None:
+        """Save an epoch's row and the trainer's state, whole or not at all; then print the row and draw the plots."""
+        self.rows.append(row)
+        if not self.machine.leads:
+            return
+        state = {
+            "kind": "run",
+            "recipe": self.recipe.as_dict(),
+            "classes": list(self.classes),
+            "images": self.images,
+            "eval_size": self.recipe.stages[row["stage"] - 1].eval_size,
+            "epoch": row["epoch"],
+            "rows": self.rows,
+            **learnt,
+        }
+        checkpoint.commit(self.folder, state)
+        self._write_derived(state)
+        print(
+            f"epoch {row['epoch']}/{self.recipe.epochs}  train loss {row['train_loss']:.3f}"
+            f" accuracy {row['train_accuracy']:.1%}"
+            + (f"  val loss {row['val_loss']:.3f} accuracy {row['val_accuracy']:.1%}" if self.best else "")
+            + f"  {row['samples_per_second']:,.0f} samples/s",
+            flush=True,
+        )
+        if time.monotonic() - self._drawn >= SECONDS_BETWEEN_PLOTS:
+            self.draw()
+
+    def _write_derived(self, state: dict[str, Any]) -> None:
+        """Write what follows from a state, after it and again when it is taken up: a kill may have come between."""
+        if not self.machine.leads:
+            return
+        if self.best is self.rows[-1]:
+            checkpoint.save_weights(self.folder / "best.pt", state, self.best["val_accuracy"])
+        stage_index, epoch = self.recipe.stage_and_epoch(self.epochs_done - 1)
+        if epoch + 1 == self.recipe.stages[stage_index].epochs and self.epochs_done < self.recipe.epochs:
+            checkpoint.save_weights(self.folder / f"stage{stage_index + 1}.pt", state)
+        self._write_csv()
+        if self._tensorboard is not None:
+            self._tensorboard.follow(self.rows)
+
+    def _write_csv(self) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        files.write_text(self.folder / "metrics.csv", text.getvalue())
+
+    def draw_views(self, stage_index: int, images: Tensor, labels: Tensor, draws: EpochDraws, size: int) -> None:
+        """Draw the first views of a stage, as the network will see them."""
+        if not self.machine.leads:
+            return
+        rows = slice(0, self.recipe.stages[stage_index].batch)
+        batch = make_batch(images, labels, draws, 0, rows, size, self.recipe.augmentation)
+        views = denormalise(batch.x[:ON_SHEET]).clamp(0, 1).cpu()
+        plots.sample_sheet(
+            self.folder / f"views-stage{stage_index + 1}.png",
+            views.numpy(),
+            [self._label(*mixed) for mixed in zip(*(part[:ON_SHEET].tolist() for part in batch[1:]), strict=True)],
+            columns=8,
+            heading=f"{self.folder.name}, stage {stage_index + 1}: training views at {size} px",
+        )
+
+    def _label(self, label: int, other: int, share: float) -> str:
+        """What a view shows; where it is mixed of two classes, the larger part first."""
+        if label == other or round(share * 100) in (0, 100):
+            return self.classes[label if share >= 0.5 else other]
+        name, other_name = self.classes[label], self.classes[other]
+        return f"{name} {share:.0%}\n{other_name} {1 - share:.0%}"
+
+    def draw(self) -> None:
+        """Draw the plots of the rows."""
+        if not self.rows or not self.machine.leads:
+            return
+        recipe = self.recipe
+        shared = {
+            "title": self.folder.name,
+            "restarts": self._restarts(),
+            "stage_names": [f"{'→'.join(map(str, dict.fromkeys(s.crop_size)))} px" for s in recipe.stages],
+        }
+        if self.best is not None:
+            plots.accuracy(self.folder / "accuracy.png", self.rows, val_images=self.images["val"], **shared)
+        plots.losses(self.folder / "losses.png", self.rows, **shared)
+        points = [(n, epoch / 8) for n, stage in enumerate(recipe.stages) for epoch in range(8 * stage.epochs)]
+        plots.learning_rate(
+            self.folder / "learning_rate.png",
+            [recipe.first_epoch_of(index) + epoch for index, epoch in points],
+            [recipe.learning_rate(recipe.stages[index], epoch) for index, epoch in points],
+            [index + 1 for index, _ in points],
+            **shared,
+        )
+        self._drawn = time.monotonic()
+
+    def _restarts(self) -> list[int]:
+        recipe = self.recipe
+        if recipe.schedule != "restarts":
+            return []
+        cycle = (recipe.cycle, recipe.cycle_growth)
+        stages = enumerate(recipe.stages)
+        return [
+            recipe.first_epoch_of(n) + epoch for n, stage in stages for epoch in restart_epochs(stage.epochs, *cycle)
+        ]
+
+    def finish(self, net: torch.nn.Module) -> None:
+        """Draw the plots, write `summary.json` and print the result, of as many epochs as there are."""
+        if not self.rows or not self.machine.leads:
+            return
+        self.draw()
+        summary = {
+            "run": self.folder.name,
+            "finished": self.epochs_done == self.recipe.epochs,
+            "recipe": self.recipe.name,
+            "seed": self.recipe.seed,
+            "parameters": count_parameters(net),
+            "images": self.images,
+            "epochs": self.epochs_done,
+            "samples": self.recipe.samples(self.images["train"], [row["stage"] - 1 for row in self.rows]),
+            "last": self._result(self.rows[-1]),
+            "best, selected on these images": self._result(self.best),
+            "seconds": round(sum(row["seconds"] for row in self.rows), 1),
+            **self.machine.as_dict(),
+        }
+        files.write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        print(f"{summary['parameters']:,} parameters, {summary['samples']:,} samples, {duration(summary['seconds'])}")
+        for key in ("last", "best, selected on these images"):
+            if summary[key]:
+                low, high = summary[key]["interval_95"]
+                print(
+                    f"validation accuracy, {key}: {summary[key]['val_accuracy']:.1%} "
+                    f"(epoch {summary[key]['epoch']}, 95 % interval {low:.1%} to {high:.1%})"
+                )
+        print(f"plots: {self.folder / ('accuracy.png' if self.best else 'losses.png')}")
+
+    def _result(self, row: dict[str, Any] | None) -> dict[str, Any] | None:
+        if row is None or row["val_accuracy"] is None:
+            return None
+        images = self.images["val"]
+        low, high = wilson(round(row["val_accuracy"] * images), images)
+        return {
+            "epoch": row["epoch"],
+            "val_accuracy": row["val_accuracy"],
+            "interval_95": [round(low, 4), round(high, 4)],
+            "eval_size": self.recipe.stages[row["stage"] - 1].eval_size,
+            "mirror": self.recipe.mirror,
+        }
+
+
+def best_row(rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The row of the highest validation accuracy, the first of equals; None without validation."""
+    scored = (row for row in rows if row["val_accuracy"] is not None)
+    return max(scored, key=lambda row: row["val_accuracy"], default=None)
+
+
+def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's values under one name each; tuples as lists, as they come back from JSON."""
+    flat = {k: v for k, v in recipe.items() if k not in ("stages", "augmentation")} | recipe["augmentation"]
+    for index, stage in enumerate(recipe["stages"]):
+        flat |= {f"{k} of stage {index + 1}": v for k, v in stage.items()}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items()}
+
+
+def _revision() -> str | None:
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,124 @@
+"""From images to logits, as they are scored: at a size, mirrored, by the original's protocol."""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from augment import ViewOptions, draw_epoch, make_batch, normalise
+
+ORIGINAL_VIEWS = 20  # of each validation image, see `original_logits`
+CROPS = "the whole image and five crops of 7/8 of its side (corners and centre)"
+TTA = {  # test-time augmentation: the forms of each image whose predictions are averaged
+    "none": "the image alone",
+    "mirror": "the image and its mirror image",
+    "multi": f"{CROPS}, each with its mirror image",
+}
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Bring uint8 images (N, 3, H, W) to float32 (N, 3, size, size) in [0, 1], bilinear with antialiasing."""
+    pixels = images.float() / 255
+    if pixels.shape[-2:] == (size, size):
+        return pixels
+    return F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
+
+
+@torch.no_grad()
+def logits(
+    model: nn.Module,
+    images: Tensor,
+    size: int,
+    *,
+    mirror: bool = False,
+    batch: int = 250,
+    precision: torch.dtype | None = None,
+) -> Tensor:
+    """Score uint8 images (N, 3, H, W) at `size` px in eval mode; float32 (N, K) on the images' device.
+
+    `mirror`: each image is also scored flipped left to right and the result is `average` of the two.
+    `precision`: the autocast type (torch.bfloat16); None or torch.float32 calculates in float32.
+    The modes of the model and of its parts are as before when this returns. Raises ValueError without images.
+    """
+    if len(images) == 0:
+        raise ValueError("there are no images to score")
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with _autocast(images.device, precision):
+            return torch.cat([_score(model, part, size, mirror) for part in images.split(batch)])
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _autocast(device: torch.device, precision: torch.dtype | None) -> torch.autocast:
+    low = precision not in (None, torch.float32)
+    return torch.autocast(device.type, dtype=precision if low else None, enabled=low)
+
+
+def _score(model: nn.Module, images: Tensor, size: int, mirror: bool) -> Tensor:
+    pixels = normalise(resize(images, size)).contiguous(memory_format=torch.channels_last)
+    scores = model(pixels).float()
+    return average([scores, model(pixels.flip(-1)).float()]) if mirror else scores
+
+
+def tta_logits(
+    model: nn.Module, images: Tensor, size: int, tta: str, *, precision: torch.dtype | None = None
+) -> Tensor:
+    """`logits` averaged over the forms of each image that `TTA` names, each at `size` px."""
+    parts = [images]
+    if tta == "multi":
+        height, width = images.shape[-2:]
+        h, w = round(height * 7 / 8), round(width * 7 / 8)
+        down, right = height - h, width - w
+        places = [(0, 0), (0, right), (down, 0), (down, right), (down // 2, right // 2)]
+        parts += [images[:, :, top : top + h, left : left + w] for top, left in places]
+    scores = [logits(model, part, size, mirror=tta != "none", precision=precision) for part in parts]
+    return average(scores) if len(scores) > 1 else scores[0]
+
+
+@torch.no_grad()
+def original_logits(
+    model: nn.Module,
+    images: Tensor,
+    size: int,
+    batch: int,
+    *,
+    precision: torch.dtype | None = None,
+    tick: Callable[[int], Any] = lambda views: None,
+) -> tuple[Tensor, Tensor]:
+    """Score 20 random training views of each image by batch statistics, as the original project validated.
+
+    uint8 images (N, 3, H, W); the views are the original's at `size` px, shuffled, and what does not fill the last
+    batch is dropped. Returns logits float32 (n, K) and the index of the image (n,) that each view shows. The running
+    statistics learn from the views too, in a copy of the model. `tick` is called with the number of views after each
+    batch. Raises ValueError where the views fill no batch.
+    """
+    steps = len(images) * ORIGINAL_VIEWS // batch
+    if not steps:
+        raise ValueError(f"{len(images) * ORIGINAL_VIEWS} views do not fill a batch of {batch}")
+    model, options = copy.deepcopy(model).train(), ViewOptions()
+    every = torch.arange(len(images))
+    draws = draw_epoch(every, ORIGINAL_VIEWS, batch, options, (0,)).to(images.device)
+    index = every.to(images.device)  # in the place of labels
+    scores = []
+    for step in range(steps):
+        rows = slice(step * batch, (step + 1) * batch)
+        x = make_batch(images, index, draws, step, rows, size, options).x
+        with _autocast(images.device, precision):
+            scores.append(model(x.contiguous(memory_format=torch.channels_last)).float())
+        tick(batch)
+    return torch.cat(scores), draws.order[: steps * batch]
+
+
+def average(scores: list[Tensor]) -> Tensor:
+    """Log of the mean of several predictions' probabilities, from their logits (N, K) each; itself (N, K) logits.
+
+    Probabilities rather than logits are averaged, so that one confident mistake cannot outweigh all others.
+    """
+    return torch.logsumexp(torch.stack(scores).log_softmax(-1), dim=0) - math.log(len(scores))

@@ -1,0 +1,50 @@
+"""How often a run has been scored on the test images: a list in its folder, so that nobody loses count.
+
+Test images choose nothing. Whoever scores a run again and again, and keeps what scored best, chooses by them.
+"""
+
+import datetime
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from harness.errors import RunError, reason
+from harness.files import write_text
+
+FILE = "test-scorings.json"
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The scorings so far, oldest first; empty where there were none. Raises RunError for a file that is no list."""
+    path = folder / FILE
+    try:
+        scorings = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(scorings, list) and all(isinstance(scoring, dict) for scoring in scorings):
+            return scorings
+        cause = "it holds no list of scorings"
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        cause = reason(error)
+    raise RunError(f"{path}, which counts how often the run was scored on test, is unreadable ({cause}); move it away")
+
+
+def add(folder: Path, **scoring: Any) -> None:
+    """Note one more scoring, with the time of day. Raises RunError where it cannot be noted."""
+    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    text = json.dumps([*read(folder), {"date": now, **scoring}], indent=2)
+    write_text(folder / FILE, text + "\n")
+
+
+def warn(folders: Iterable[Path]) -> None:
+    """Say on stderr which of the run folders have been scored before. Raises RunError as `read` does."""
+    for folder in folders:
+        before = read(folder)
+        if before:
+            times = "once" if len(before) == 1 else f"{len(before)} times"
+            last = f"last {before[-1].get('date')}: accuracy {before[-1].get('accuracy')}"
+            print(
+                f"warning: {folder} was scored on test {times} before ({last}); test chooses nothing", file=sys.stderr
+            )

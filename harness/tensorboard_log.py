@@ -1,0 +1,37 @@
+"""TensorBoard, for those who use it: the numbers of metrics.csv once more, in the run folder."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.errors import RunError, reason
+
+EVENT_FILES = "events.out.tfevents.*"
+
+
+class TensorBoardLog:
+    """Writes rows as scalars over the epoch. Raises RunError where the package is missing."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise RunError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
+        self._folder, self._open, self._written = folder, SummaryWriter, 0
+        self._writer: SummaryWriter | None = None
+
+    def follow(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write the rows that are new since the last call; the first call begins anew, so that no point is doubled."""
+        try:
+            if self._writer is None:
+                for old in self._folder.glob(EVENT_FILES):
+                    old.unlink()
+                self._writer = self._open(str(self._folder))
+            for row in rows[self._written :]:
+                for name in row.keys() - {"stage", "epoch"}:
+                    if row[name] is not None:
+                        self._writer.add_scalar(name, row[name], row["epoch"])
+            self._writer.flush()
+        except OSError as error:
+            raise RunError(f"cannot write for TensorBoard in {self._folder}: {reason(error)}") from error
+        self._written = len(rows)

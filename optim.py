@@ -1,0 +1,113 @@
+"""How weights move: Muon for convolutions, the recipe's optimiser with its parameter groups, the running average."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recipes import Recipe, Stage
+
+ITERATIONS = 3
+EPSILON = 1e-7
+FILTER_RATE = 0.1  # of Muon's steps, as a share of the rate of everything else
+RGB = 3  # a filter over the image itself, the stem's, is no hidden layer: Muon leaves it to SGD
+
+
+def build_optimizer(
+    recipe: Recipe, stage: Stage, net: nn.Module, precision: torch.dtype = torch.float32
+) -> torch.optim.Optimizer:
+    """The recipe's optimiser, in PyTorch's fused form; norms and biases without decay unless `decay_norms`.
+
+    Muon multiplies in `precision`; all weights and states are float32.
+    """
+    muon = recipe.optimizer == "muon"
+    weights, others, filters = [], [], []
+    for p in net.parameters():
+        if muon and p.ndim == 4 and p.shape[1] > RGB:
+            filters.append(p)
+        else:
+            (weights if recipe.decay_norms or p.ndim > 1 else others).append(p)
+    groups = [{"params": weights, "weight_decay": recipe.weight_decay}]
+    groups += [{"params": others, "weight_decay": 0.0}] if others else []
+    if muon:
+        groups.append({"params": filters, "weight_decay": 0.0, "lr": stage.lr * FILTER_RATE, "orthogonal": True})
+        return Muon(groups, lr=stage.lr, momentum=0.9, precision=precision)
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=stage.lr, momentum=0.9, nesterov=True, fused=True)
+    kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, lr=stage.lr, fused=True)
+
+
+class Muon(torch.optim.SGD):
+    """SGD with Nesterov momentum; in groups with `orthogonal` set, 4-d filters (out, in, h, w) take Muon's step.
+
+    There the momentum is orthogonalised as a matrix (out, in·h·w), and the filters' norm is held at √out: behind a
+    BatchNorm their scale means nothing but the size of the next step, so this takes the place of weight decay
+    (Keller Jordan, 2024). PyTorch's own Muon takes matrices only, and multiplies them in bf16, which not every CPU has.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], lr: float, momentum: float, precision: torch.dtype = torch.float32
+    ) -> None:
+        groups = [{"orthogonal": False, **group} for group in groups]
+        super().__init__(groups, lr=lr, momentum=momentum, nesterov=True, fused=True)
+        self.precision = precision
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Learn from the gradients; those of filters are used up."""
+        for group in self.param_groups:
+            if group["orthogonal"]:
+                for filters in group["params"]:
+                    self._turn(filters, group["lr"], group["momentum"])
+        super().step()
+
+    def _turn(self, filters: Tensor, lr: float, decay: float) -> None:
+        if filters.grad is None:
+            return
+        state = self.state[filters]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(filters)
+        momentum = state["momentum_buffer"].mul_(decay).add_(filters.grad)
+        direction = orthogonalise((filters.grad + decay * momentum).flatten(1), self.precision).view_as(filters)
+        filters.mul_(len(filters) ** 0.5 / filters.norm()).sub_(direction, alpha=lr)
+        filters.grad = None  # done: SGD's step passes over it
+
+
+def orthogonalise(matrix: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
+    """The nearest matrix with orthonormal rows (or columns, if there are fewer of them), roughly.
+
+    float32 (rows, columns) to the same, with products in `precision`. Three Newton-Schulz steps with coefficients that
+    lift small singular values fast and leave all of them near 1 rather than at it: the optimiser does not need more,
+    nor more digits than bf16 has.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = (x / (x.norm() + EPSILON)).to(precision)
+    square = x @ x.T
+    turn = identity = torch.eye(len(x), device=x.device, dtype=precision)
+    for _ in range(ITERATIONS):  # of x ← s·x, in the small matrices alone: all of them are polynomials of x·xᵀ
+        step = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315) + 3.4445 * identity
+        turn, square = step @ turn, step @ square @ step
+    x = (turn @ x).float()
+    return x.T if tall else x
+
+
+class RunningAverage:
+    """Exponential average of a network's weights and BatchNorm statistics, the first update being a copy.
+
+    PyTorch's AveragedModel gives the same numbers, but waits for the device at each update, to hand it the count.
+    """
+
+    def __init__(self, net: nn.Module, decay: float) -> None:
+        self.net, self.decay, self.updates = copy.deepcopy(net).requires_grad_(False), decay, 0
+        self._own, self._source = (
+            [value for value in module.state_dict().values() if value.is_floating_point()] for module in (self.net, net)
+        )
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Draw the average closer to the network's present values."""
+        torch._foreach_lerp_(self._own, self._source, 1 - self.decay if self.updates else 1.0)
+        self.updates += 1

@@ -1,0 +1,289 @@
+"""What decides a result: a `Recipe`, its stages, the named recipes, and the network that a recipe describes.
+
+Each field is a flag of `train.py`, an entry of `config.json`, and something that a continued run must agree on.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from augment import ViewOptions
+from data import AUGMENTATIONS
+from model import NETWORKS, PARAMETER_BUDGET, ResNet, WideNet, build_model
+from scheduler import restart_rate, warmup_cosine_rate
+
+NO_LIMIT = 10**12  # parameters: a budget that holds nothing back
+OLD_NAMES = {"view": "augmentation", "views": "views_per_image"}  # of checkpoints of format 1
+
+
+def option(help: str, default: Any = dataclasses.MISSING, **limits: Any) -> Any:
+    """A dataclass field with its help text and limits: `low`, `above` and `high` for numbers, `choices` for words."""
+    return field(default=default, metadata={"help": help, **limits})
+
+
+def check_limits(settings: Any) -> None:
+    """Raise ValueError if a field of a dataclass lies outside the limits that its `option` states."""
+    for item in dataclasses.fields(settings):
+        value, limits = getattr(settings, item.name), item.metadata
+        if "choices" in limits and value not in limits["choices"]:
+            raise ValueError(f"{item.name} is one of {', '.join(limits['choices'])}, not {value!r}")
+        low, above, high = (limits.get(name) for name in ("low", "above", "high"))
+        if low is None and above is None:
+            continue
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is None:
+                continue
+            if not (number >= low if above is None else number > above) or not number <= high:  # nan fails both
+                bound = f"from {low}" if above is None else f"above {above}"
+                raise ValueError(f"{item.name} is {bound} and up to {high}, not {number}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of a run, with an optimiser and a schedule of its own; the weights go on from the stage before."""
+
+    epochs: int = option("epochs; 0 skips the stage", low=0, high=100_000)
+    crop_size: tuple[int, ...] = option(
+        "side of the training views in px; several sizes joined by commas share the stage's epochs", low=32, high=1024
+    )
+    eval_size: int = option("side in px at which validation images are scored", low=32, high=1024)
+    batch: int = option("samples per step", low=1, high=65_536)
+    lr: float = option("peak learning rate", above=0.0, high=100.0)
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+        if not self.crop_size:
+            raise ValueError("crop_size names at least one size")
+
+    def crop_size_at(self, epoch: int) -> int:
+        """Side in px of the views of an epoch of this stage, counted from 0."""
+        return self.crop_size[epoch * len(self.crop_size) // self.epochs]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a result. The defaults are the original project's."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    augmentation: ViewOptions = ViewOptions()
+    views_per_image: int = option("views of each training image per epoch", 20, low=1, high=10_000, flag="views")
+    seed: int = option("seed of the weights and of all views", 0, low=0, high=2**63 - 1)
+    split_seed: int = option("seed of the split into training and validation images", 1337, low=0, high=2**63 - 1)
+    train_on: str = option("images to train on; all keeps none for validation", "train", choices=("train", "all"))
+    val_fraction: float = option("share of each class's images that validate", 0.2, above=0.0, high=0.9)
+    fold: int | None = option("train on this official fold's 1,000 images, validate on the others", None, low=0, high=9)
+    image_size: int = option("side in px to which the pictures of --images are brought", 96, low=32, high=1024)
+    init: str = option("checkpoint whose weights to start from", "")
+
+    network: str = option(
+        "bottleneck: the original's; wide: fewer layers of wide 3×3 convolutions", "bottleneck", choices=NETWORKS
+    )
+    layers: tuple[int, int, int] = option(
+        "blocks in each of the network's groups; wide: its convolutions after the first", (4, 9, 8), low=1, high=100
+    )
+    planes: tuple[int, int, int] = option(
+        "inner width of each group's blocks; wide: its channels", (30, 60, 96), low=1, high=4096
+    )
+    budget: int = option("most parameters that the network may have", PARAMETER_BUDGET, low=1, high=NO_LIMIT)
+    zero_init_residual: bool = option("start each residual block as the identity", False)
+    cosine_stem: bool = option(
+        "wide: the stem is a cosine transform that does not learn, and further convolutions start as identities", False
+    )
+    last_pool: bool = option("wide: halve the last group's maps too; without, they are finer and cost more", True)
+
+    optimizer: str = option(
+        "optimiser (sgd: Nesterov momentum 0.9; muon: the same, but convolutions by orthogonalised momentum)",
+        "adam",
+        choices=("adam", "adamw", "sgd", "muon"),
+    )
+    weight_decay: float = option("weight decay (L2 for adam and sgd, decoupled for adamw)", 1e-4, low=0.0, high=10.0)
+    decay_norms: bool = option("apply weight decay to BatchNorm weights and biases too", True)
+    schedule: str = option(
+        "restarts: decaying cosine restarts, by epoch; cosine: warm-up and one cosine, by step",
+        "restarts",
+        choices=("restarts", "cosine"),
+    )
+    cycle: int = option("restarts: epochs of the first cycle", 10, low=1, high=100_000)
+    cycle_growth: int = option("restarts: each cycle is this many times longer than the one before", 2, low=1, high=100)
+    cycle_decay: float = option("restarts: each cycle's peak as a share of the one before", 0.6, above=0.0, high=1.0)
+    warmup: float = option("cosine: share of the stage in which the rate rises", 0.1, low=0.0, high=0.9)
+    label_smoothing: float = option("share of the target spread over the other classes", 0.0, low=0.0, high=0.9)
+    average: float = option(
+        "decay of the running average of weights that is scored and kept; 0 is off", 0.0, low=0.0, high=0.99999
+    )
+    mirror: bool = option("score each image together with its mirror image", False)
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+        if not any(stage.epochs for stage in self.stages):
+            raise ValueError("epochs: every stage has 0 epochs, so there is nothing to train")
+        if self.cosine_stem and self.network != "wide":
+            raise ValueError(f"cosine_stem is a part of network wide: for {self.network} add --no-cosine-stem")
+        if not self.last_pool and self.network != "wide":
+            raise ValueError(f"last_pool is a part of network wide: for {self.network} add --last-pool")
+        if self.fold is not None and self.train_on == "all":
+            raise ValueError("fold and train_on all exclude each other: a fold says which images to train on")
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of all stages together."""
+        return sum(stage.epochs for stage in self.stages)
+
+    def stage_and_epoch(self, epochs_done: int) -> tuple[int, int]:
+        """(stage, epoch within it), both from 0, of the epoch that follows `epochs_done` finished ones.
+
+        Raises ValueError after the last epoch.
+        """
+        for index, stage in enumerate(self.stages):
+            if epochs_done < stage.epochs:
+                return index, epochs_done
+            epochs_done -= stage.epochs
+        raise ValueError("the recipe has no further epoch")
+
+    def crop_size_at(self, epochs_done: int) -> int:
+        """Side in px of the views of the epoch that follows `epochs_done` finished ones."""
+        index, epoch = self.stage_and_epoch(epochs_done)
+        return self.stages[index].crop_size_at(epoch)
+
+    def first_epoch_of(self, stage_index: int) -> int:
+        """Epochs of the stages before stage `stage_index`, both counted from 0."""
+        return sum(stage.epochs for stage in self.stages[:stage_index])
+
+    def samples(self, images: int, stage_indices: list[int]) -> int:
+        """Samples of one epoch of each of these stages (from 0) over `images` training images: whole batches only."""
+        batches = (self.stages[index].batch for index in stage_indices)
+        return sum(images * self.views_per_image // batch * batch for batch in batches)
+
+    def learning_rate(self, stage: Stage, epoch: float) -> float:
+        """Learning rate at an epoch of a stage, counted from 0, fractions allowed."""
+        if self.schedule == "restarts":
+            return restart_rate(epoch, stage.lr, self.cycle, self.cycle_growth, self.cycle_decay)
+        return warmup_cosine_rate(min(epoch / stage.epochs, 1.0), stage.lr, self.warmup)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as they stand in `config.json` and in checkpoints."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Recipe":
+        """The inverse of `as_dict`; lists are taken for tuples, and names of older versions are known.
+
+        Raises ValueError, TypeError or KeyError for anything else.
+        """
+        values = {OLD_NAMES.get(name, name): value for name, value in values.items()}
+        stages = tuple(Stage(**_tuples(stage)) for stage in values.pop("stages"))
+        augmentation = ViewOptions(**_tuples(values.pop("augmentation")))
+        return cls(**_tuples(values), stages=stages, augmentation=augmentation)
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def replace(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    """`recipe` with other values of its fields, its augmentation's or its stages' (lists, one item per stage).
+
+    Raises ValueError if a value is out of range or a list has the wrong length. Other names are ignored.
+    """
+    stages = list(recipe.stages)
+    for name in Stage.__dataclass_fields__.keys() & changes.keys():
+        if len(changes[name]) != len(stages):
+            raise ValueError(f"{name} takes {len(stages)} value(s) here, one per stage, not {len(changes[name])}")
+    for index, stage in enumerate(stages):
+        own = {name: changes[name][index] for name in Stage.__dataclass_fields__ if name in changes}
+        stages[index] = dataclasses.replace(stage, **own)
+    rest = _tuples(changes)
+    augmentation = {name: rest[name] for name in ViewOptions.__dataclass_fields__ if name in rest}
+    return dataclasses.replace(
+        recipe,
+        stages=tuple(stages),
+        augmentation=dataclasses.replace(recipe.augmentation, **augmentation),
+        **{name: rest[name] for name in Recipe.__dataclass_fields__ if name in rest},
+    )
+
+
+def build_network(recipe: Recipe, classes: int) -> ResNet | WideNet:
+    """The network that a recipe describes. Raises ValueError if it is over the recipe's parameter budget."""
+    way_out = "give smaller --layers or --planes, or a larger --budget"
+    least = sum(9 * blocks * width**2 for blocks, width in zip(recipe.layers, recipe.planes, strict=True))
+    if least > recipe.budget:  # in the 3×3 convolutions alone; checked before any memory is asked for
+        raise ValueError(
+            f"the network has over {least:,} parameters, more than the budget of {recipe.budget:,}: {way_out}"
+        )
+    only_wide = {"cosine_stem": recipe.cosine_stem, "last_pool": recipe.last_pool} if recipe.network == "wide" else {}
+    try:
+        return build_model(
+            recipe.layers,
+            kind=recipe.network,
+            budget=recipe.budget,
+            planes=recipe.planes,
+            num_classes=classes,
+            zero_init_residual=recipe.zero_init_residual,
+            **only_wide,
+        )
+    except ValueError as error:
+        raise ValueError(f"{error}: {way_out}") from error
+
+
+# The student project's. `train.py`: 35.2 million samples, hours on a GPU; not yet run to its end.
+ORIGINAL = Recipe(
+    name="original",
+    augmentation=AUGMENTATIONS["original"],
+    stages=(
+        Stage(epochs=300, crop_size=(70,), eval_size=96, batch=128, lr=1e-3),
+        Stage(epochs=140, crop_size=(120,), eval_size=144, batch=64, lr=5e-4),
+    ),
+)
+# Milder views, small crops first, a network whose arithmetic keeps the cores busy and whose stem need not be learnt,
+# and Muon, which learns from half the samples. `train.py --recipe cpu`: 0.5 million samples, 28 minutes on two CPU
+# cores in fp32; 84.8 % on average over three seeds. Why each of them: docs/EXPERIMENTS.md.
+CPU = Recipe(
+    name="cpu",
+    stages=(Stage(epochs=8, crop_size=(32, 48, 48, 64), eval_size=96, batch=64, lr=0.2),),
+    augmentation=AUGMENTATIONS["mild"],
+    views_per_image=15,
+    network="wide",
+    layers=(2, 2, 2),
+    planes=(64, 160, 224),
+    cosine_stem=True,
+    optimizer="muon",
+    weight_decay=5e-4,
+    decay_norms=False,
+    schedule="cosine",
+    label_smoothing=0.1,
+    average=0.998,
+    mirror=True,
+)
+# Finer maps, larger crops, stronger views, CutMix. `train.py --recipe cpu-long`: 1.9 million samples, an hour of two
+# cores with bf16, or some eight hours of others; 88.5 % (one seed).
+CPU_LONG = dataclasses.replace(
+    CPU,
+    name="cpu-long",
+    stages=(Stage(epochs=24, crop_size=(48, 48, 64, 64, 80, 80, 80, 96), eval_size=128, batch=64, lr=0.2),),
+    augmentation=AUGMENTATIONS["strong"],
+    views_per_image=20,
+    last_pool=False,
+    average=0.999,
+)
+# That for one modern GPU, where samples are cheap: more of them, more of which are large. `train.py --recipe gpu`: 5.1
+# million samples; not yet run.
+GPU = dataclasses.replace(
+    CPU_LONG,
+    name="gpu",
+    stages=(Stage(epochs=64, crop_size=(48, 64, 80, 96), eval_size=128, batch=64, lr=0.2),),
+    average=0.9998,
+)
+# The whole path on drawn shapes. `train.py --demo`: 18 thousand samples, under a minute on two CPU cores; about 84 %.
+DEMO = Recipe(
+    name="demo",
+    stages=(
+        Stage(epochs=12, crop_size=(32,), eval_size=40, batch=64, lr=8e-3),
+        Stage(epochs=4, crop_size=(48,), eval_size=56, batch=64, lr=4e-3),
+    ),
+    views_per_image=1,
+    layers=(1, 1, 1),
+    planes=(8, 16, 32),
+    cycle=4,
+)
+RECIPES = {recipe.name: recipe for recipe in (ORIGINAL, CPU, CPU_LONG, GPU, DEMO)}

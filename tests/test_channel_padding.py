@@ -1,0 +1,96 @@
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from aligned import PaddedChannels, padded_widths
+from engine import Machine
+from learner import Trainer
+from settings import RECIPES, Stage
+
+import augment
+from model import build_model
+
+PLAIN = Machine(torch.device("cpu"), torch.float32, compile=False)
+NETWORKS = {
+    "bottleneck": {"layers": (1, 2, 1), "planes": (30, 17, 60)},
+    "wide": {"layers": (1, 2, 1), "planes": (30, 17, 45), "kind": "wide", "cosine_stem": True},
+    "wide, without its last pool": {"planes": (16, 29, 31), "kind": "wide", "layers": (1, 1, 1), "last_pool": False},
+}
+
+
+def pair(options: dict[str, Any]) -> tuple[torch.nn.Module, torch.nn.Module, PaddedChannels]:
+    """A float64 network, a copy of it, and the copy's aligned form."""
+    torch.manual_seed(0)
+    net = build_model(**options).double()
+    twin = build_model(**options | {"planes": padded_widths(options["planes"])}).double()
+    assert twin.fc.weight.shape != net.fc.weight.shape
+    other = copy.deepcopy(net)
+    return net, other, PaddedChannels(other, twin)
+
+
+@pytest.mark.parametrize("options", NETWORKS.values(), ids=NETWORKS)
+def test_logits_gradients_and_statistics_are_the_plain_networks(options: dict[str, Any]):
+    net, other, aligned = pair(options)
+    for step in range(2):
+        x = torch.randn(6, 3, 40, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        logits, same = net(x), aligned(x)
+        torch.testing.assert_close(same, logits)
+        for output in (logits, same):
+            F.cross_entropy(output, torch.arange(6)).backward()
+        for (name, a), (_, b) in zip(net.named_parameters(), other.named_parameters(), strict=True):
+            assert (a.grad is None) is (b.grad is None) is (not a.requires_grad), name
+            if a.grad is not None:
+                torch.testing.assert_close(b.grad, a.grad, msg=lambda text, name=name: f"{name}: {text}")
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], value)
+    assert net.bn1.num_batches_tracked == other.bn1.num_batches_tracked == 2
+
+
+def test_only_the_networks_own_weights_are_seen():
+    _, other, aligned = pair(NETWORKS["bottleneck"])
+    assert [id(p) for p in aligned.parameters()] == [id(p) for p in other.parameters()]
+    assert {id(b) for b in aligned.buffers()} == {id(b) for b in other.buffers()}
+
+
+def test_widths_are_brought_up_to_cache_lines_near_by():
+    assert padded_widths((30, 60, 96)) == (32, 64, 96)
+    assert padded_widths((64, 160, 224)) == (64, 160, 224)
+    assert padded_widths((1, 15, 17)) == (1, 15, 17)
+    assert padded_widths((28, 29, 40)) == (28, 32, 40)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "muon"])
+def test_training_is_that_of_the_plain_network(optimizer: str):
+    recipe = dataclasses.replace(
+        RECIPES["original"], layers=(1, 1, 1), planes=(30, 24, 31), zero_init_residual=True, optimizer=optimizer
+    )
+    lr = 0.1 if optimizer in ("sgd", "muon") else 1e-3
+    stage = Stage(epochs=1, crop_size=(32,), eval_size=32, batch=8, lr=lr)
+    generator = torch.Generator().manual_seed(0)
+    images = (F.interpolate(torch.rand(40, 3, 6, 6, generator=generator), size=96, mode="bilinear") * 255).byte()
+    labels = torch.randint(10, (40,), generator=generator)
+    draws = augment.draw_epoch(torch.arange(40), 1, stage.batch, recipe.augmentation, (0, 0, 0))
+    losses = []
+    for aligned in (True, False):
+        learner = Trainer(recipe, 10, PLAIN)
+        assert isinstance(learner._net, PaddedChannels)
+        if not aligned:
+            learner._net = learner.net
+        learner.begin(stage, len(images))
+        losses.append(learner.train_epoch(images, labels, draws, stage, 32, lambda: None).losses)
+    torch.testing.assert_close(*losses, atol=1e-4, rtol=1e-4)
+
+
+def test_the_stem_with_most_filters_has_a_twin_too():
+    """The wider twin's would have more than there are."""
+    recipe = dataclasses.replace(RECIPES["cpu"], layers=(1, 1, 1), planes=(193, 32, 32))
+    assert isinstance(Trainer(recipe, 10, PLAIN)._net, PaddedChannels)
+
+
+@pytest.mark.parametrize("network", [{"planes": (8, 8, 8)}, {"planes": (16, 32, 48)}])
+def test_widths_that_fit_already_are_left_alone(network: dict[str, Any]):
+    learner = Trainer(dataclasses.replace(RECIPES["original"], layers=(1, 1, 1), **network), 10, PLAIN)
+    assert learner._net is learner.net
