@@ -2,11 +2,10 @@ import os
 import signal
 from pathlib import Path
 
-import demo
-import plots
 import pytest
 
 import train
+from harness import demo_shapes, plots
 
 
 @pytest.fixture
@@ -26,7 +25,7 @@ def emulated_card() -> str:
 
 
 def shrink_demo(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(demo, "IMAGES_PER_CLASS", {"train": 20, "test": 5})
+    patch.setattr(demo_shapes, "IMAGES_PER_CLASS", {"train": 20, "test": 5})
 
 
 @pytest.fixture

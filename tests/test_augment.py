@@ -1,4 +1,4 @@
-"""ViewOptions against torchvision's functional operations and samplers, and against closed forms."""
+"""Views against torchvision's functional operations and samplers, and against closed forms."""
 
 import math
 import os
@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from samples import ORIGINAL, random_uniforms
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
+from uniforms import ORIGINAL, random_uniforms
 
 import augment
-from augment import COLUMNS, ViewOptions, ViewParameters, erase, mix, normalise, view, view_parameters
+from augment import ViewOptions, ViewParameters, denormalise, normalise, view_parameters
 
 NO_COLOUR = ViewOptions(brightness=0, contrast=0, saturation=0, hue=0)
 PLAIN = replace(NO_COLOUR, crop_scale=(1, 1), crop_ratio=(1, 1), rotation=0, hflip=0, vflip=0)
@@ -72,19 +71,18 @@ def test_colour_operation_agrees_with_torchvision(ours, torchvisions, amounts):
 
 @pytest.mark.parametrize("order", list(permutations(range(4))))
 def test_colours_and_flips_of_a_whole_image_agree_with_torchvision_in_every_order(order):
-    views = replace(ORIGINAL, crop_scale=(1, 1), crop_ratio=(1, 1), rotation=0)
+    options = replace(ORIGINAL, crop_scale=(1, 1), crop_ratio=(1, 1), rotation=0)
     images, uniforms = noise(4), random_uniforms(4, seed=order[0])
-    p = view_parameters(uniforms, 96, 96, views)
-    for i, result in enumerate(view(images, uniforms, order, 96, views)):
+    p = view_parameters(uniforms, 96, 96, options)
+    for i, result in enumerate(augment.augment(images, uniforms, order, 96, options)):
         expected = images[i] / 255
         for operation in order:
             name = ("brightness", "contrast", "saturation", "hue")[operation]
             expected = getattr(tv, f"adjust_{name}")(expected, getattr(p, name)[i].item())
         expected = tv.horizontal_flip(expected) if p.hflip[i] else expected
         expected = tv.vertical_flip(expected) if p.vflip[i] else expected
-        torch.testing.assert_close(
-            result, expected, rtol=0, atol=2e-5
-        )  # sampling positions are padded_widths to 1e-7 × 96
+        # sampling positions are rounded to 1e-7 × 96
+        torch.testing.assert_close(result, expected, rtol=0, atol=2e-5)
 
 
 def test_normalise_agrees_with_torchvision():
@@ -95,6 +93,16 @@ def test_normalise_agrees_with_torchvision():
     assert torch.equal(x, before)
     assert normalise(x, inplace=True) is x
     torch.testing.assert_close(x, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_denormalise_is_the_inverse_of_normalise():
+    x = colours()
+    before = x.clone()
+    torch.testing.assert_close(denormalise(normalise(x)), x, rtol=0, atol=1e-6)
+    torch.testing.assert_close(normalise(denormalise(x)), x, rtol=0, atol=1e-6)
+    zero = denormalise(torch.zeros(1, 3, 2, 2))
+    torch.testing.assert_close(zero, torch.tensor(augment.MEAN).view(1, 3, 1, 1).expand(1, 3, 2, 2))
+    assert torch.equal(x, before)
 
 
 # Geometry
@@ -154,7 +162,7 @@ def test_sampling_of_a_ramp_is_its_closed_form():
 def test_whole_chain_agrees_with_torchvisions():
     images, uniforms, order, size = smooth(32), random_uniforms(32), (3, 1, 0, 2), 70
     p = view_parameters(uniforms, 96, 96, ORIGINAL)
-    views = view(images, uniforms, order, size, ORIGINAL)
+    views = augment.augment(images, uniforms, order, size, ORIGINAL)
 
     def chain(i: int, sign: int) -> torch.Tensor:
         x = tv.rotate(images[i] / 255, sign * p.angle[i].item(), InterpolationMode.BILINEAR)
@@ -192,19 +200,19 @@ def test_a_rotated_image_is_black_outside():
 
 
 def test_range_and_type_of_views():
-    x = view(noise(16), random_uniforms(16), (2, 0, 3, 1), 70, ORIGINAL)
+    x = augment.augment(noise(16), random_uniforms(16), (2, 0, 3, 1), 70, ORIGINAL)
     assert x.dtype == torch.float32 and x.shape == (16, 3, 70, 70) and not x.requires_grad
     assert x.min() >= -1e-6 and x.max() <= 1 + 1e-6
 
 
 def test_a_plain_view_is_the_image():
     images = noise(3)
-    plain = view(images, random_uniforms(3), FIRST_ORDER, 96, PLAIN)
+    plain = augment.augment(images, random_uniforms(3), FIRST_ORDER, 96, PLAIN)
     torch.testing.assert_close(plain, images / 255, rtol=0, atol=1e-5)
 
 
 def test_every_sample_has_its_own_view():
-    views = view(noise(1).expand(32, -1, -1, -1), random_uniforms(32), FIRST_ORDER, 32, ORIGINAL).flatten(1)
+    views = augment.augment(noise(1).expand(32, -1, -1, -1), random_uniforms(32), FIRST_ORDER, 32, ORIGINAL).flatten(1)
     distances = torch.cdist(views, views) + torch.eye(32) * 100
     assert distances.min() > 1
     for name, values in view_parameters(random_uniforms(32), 96, 96, ORIGINAL)._asdict().items():
@@ -213,16 +221,18 @@ def test_every_sample_has_its_own_view():
 
 def test_a_view_does_not_depend_on_its_batch_nor_on_the_pieces_it_is_made_in(monkeypatch):
     images, uniforms = noise(70), random_uniforms(70)
-    together = view(images, uniforms, FIRST_ORDER, 70, ORIGINAL)
+    together = augment.augment(images, uniforms, FIRST_ORDER, 70, ORIGINAL)
     assert augment.CACHED_PIXELS // 70**2 < 35  # so these are three pieces
     for i in (0, 31, 32, 69):
-        alone = view(images[i : i + 1], uniforms[i : i + 1], FIRST_ORDER, 70, ORIGINAL)
+        alone = augment.augment(images[i : i + 1], uniforms[i : i + 1], FIRST_ORDER, 70, ORIGINAL)
         torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-6)
     monkeypatch.setattr(augment, "CACHED_PIXELS", 70**3)
-    torch.testing.assert_close(view(images, uniforms, FIRST_ORDER, 70, ORIGINAL), together, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        augment.augment(images, uniforms, FIRST_ORDER, 70, ORIGINAL), together, rtol=0, atol=1e-6
+    )
 
 
-# Options and devices
+# Options and real images
 
 
 @pytest.mark.parametrize(
@@ -254,44 +264,6 @@ def test_a_bad_option_is_named(name, value):
         ViewOptions(**{name: value})
 
 
-@pytest.mark.parametrize(
-    "views",
-    [ORIGINAL, PLAIN, ViewOptions(erase=0.5, mixup=0.2), ViewOptions(erase=0.5, mixup=0.2, cutmix=1.0, rotation=0)],
-)
-def test_all_stays_on_the_device_and_nothing_waits_for_it(views):
-    """Fake CUDA tensors refuse to meet tensors of the CPU and to be read from the host."""
-    with FakeTensorMode():
-        images = torch.empty(8, 3, 96, 96, dtype=torch.uint8, device="cuda")
-        uniforms, lam = torch.empty(8, COLUMNS, device="cuda"), torch.empty(8, device="cuda")
-        labels = torch.empty(8, dtype=torch.int64, device="cuda")
-        x = erase(normalise(view(images, uniforms, FIRST_ORDER, 70, views), inplace=True), uniforms, views)
-        x, others, share = mix(x, labels, lam, uniforms, views)
-    assert {t.device.type for t in (x, others, share)} == {"cuda"}
-    assert x.shape == (8, 3, 70, 70) and x.dtype == torch.float32
-    assert others.shape == share.shape == (8,)
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_a_gpu_gives_the_same_views_without_waiting():
-    views = ViewOptions(erase=0.5, mixup=0.2, cutmix=1.0)
-    images, uniforms, lam, labels = noise(64), random_uniforms(64), torch.rand(64), torch.arange(64)
-
-    def batch(device: str) -> list[torch.Tensor]:
-        inputs = [t.to(device) for t in (images, uniforms, lam, labels)]
-        torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
-        try:
-            x = erase(normalise(view(inputs[0], inputs[1], FIRST_ORDER, 70, views), inplace=True), inputs[1], views)
-            x, others, share = mix(x, inputs[3], inputs[2], inputs[1], views)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        return [x.cpu(), others.cpu(), share.cpu()]
-
-    for ours, theirs in zip(batch("cpu"), batch("cuda"), strict=True):
-        # A position on the edge of the rotated image may fall on either side of it.
-        assert ((ours - theirs).abs() > 1e-3).float().mean() < 1e-3
-
-
 @pytest.mark.skipif("STL10_DIR" not in os.environ, reason="STL10_DIR, the folder of the real images, is not set")
 def test_on_real_images_the_missing_antialias_filter_changes_little():
     """At the original's largest reduction, 96 to 70 pixels, and so at every smaller one."""
@@ -299,6 +271,6 @@ def test_on_real_images_the_missing_antialias_filter_changes_little():
     if not path.exists():
         pytest.skip(f"{path} is absent")
     images = torch.from_numpy(np.fromfile(path, np.uint8, 64 * 3 * 96 * 96).reshape(-1, 3, 96, 96)).transpose(2, 3)
-    ours = view(images, random_uniforms(64), FIRST_ORDER, 70, PLAIN)
+    ours = augment.augment(images, random_uniforms(64), FIRST_ORDER, 70, PLAIN)
     filtered = tv.resize(images / 255, [70, 70], antialias=True)
     assert (ours - filtered).abs().mean() < 0.015

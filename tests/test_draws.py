@@ -6,11 +6,11 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from samples import DRAWS, ORIGINAL, ks_distance, random_uniforms
 from torchvision.transforms import v2
+from uniforms import DRAWS, ORIGINAL, ks_distance, random_uniforms
 
 import augment
-from augment import COLUMNS, ViewOptions, draw, view_parameters
+from augment import COLUMNS, ViewOptions, draw_epoch, view_parameters
 
 CLOSE = 0.02  # of two samples of one distribution, about one pair in 1,500 is further apart
 
@@ -84,41 +84,41 @@ def test_parameters_are_independent_of_each_other():
 
 def test_an_epoch_shows_each_image_equally_often_in_random_order():
     indices = torch.tensor([5, 17, 3, 99])
-    draws = draw(indices, 20, 8, ORIGINAL, (0, 0, 0))
-    assert draws.order.dtype == torch.int64 and draws.uniforms.dtype == draws.mix.dtype == torch.float32
+    draws = draw_epoch(indices, 20, 8, ORIGINAL, (0, 0, 0))
+    assert draws.order.dtype == torch.int64 and draws.uniforms.dtype == draws.own_share.dtype == torch.float32
     assert draws.order.sort().values.tolist() == sorted(indices.tolist() * 20)
     assert draws.order.tolist() != indices.repeat(20).tolist() and len(set(draws.order[:20].tolist())) == 4
     assert draws.uniforms.shape == (80, COLUMNS) and draws.uniforms.min() >= 0 and draws.uniforms.max() < 1
-    assert len(draws.colour_orders) == 10 and (draws.mix == 1).all()
+    assert len(draws.colour_orders) == 10 and (draws.own_share == 1).all()
 
 
 @pytest.mark.parametrize(("n", "batches"), [(7, 1), (8, 1), (9, 2)])
 def test_one_colour_order_a_batch(n, batches):
-    orders = draw(torch.arange(n), 1, 8, ORIGINAL, (0,)).colour_orders
+    orders = draw_epoch(torch.arange(n), 1, 8, ORIGINAL, (0,)).colour_orders
     assert len(orders) == batches and all(sorted(order) == [0, 1, 2, 3] for order in orders)
 
 
 def test_all_colour_orders_occur_equally_often():
-    orders = draw(torch.arange(24_000), 1, 1, ORIGINAL, (0,)).colour_orders
+    orders = draw_epoch(torch.arange(24_000), 1, 1, ORIGINAL, (0,)).colour_orders
     counts = [orders.count(order) for order in permutations(range(4))]
     assert min(counts) > 850 and max(counts) < 1150
 
 
 def test_equal_seeds_give_equal_draws_and_others_do_not():
     def drawn(*seed: int) -> augment.EpochDraws:
-        return draw(torch.arange(50), 2, 16, ViewOptions(mixup=0.2), seed)
+        return draw_epoch(torch.arange(50), 2, 16, ViewOptions(mixup=0.2), seed)
 
     first, again = drawn(0, 1, 2), drawn(0, 1, 2).to("cpu")
     assert torch.equal(first.order, again.order) and torch.equal(first.uniforms, again.uniforms)
-    assert torch.equal(first.mix, again.mix) and first.colour_orders == again.colour_orders
+    assert torch.equal(first.own_share, again.own_share) and first.colour_orders == again.colour_orders
     for other in (drawn(0, 1, 3), drawn(0, 2, 2), drawn(1, 1, 2)):
         assert not torch.equal(first.order, other.order) and not torch.equal(first.uniforms, other.uniforms)
-        assert not torch.equal(first.mix, other.mix)
+        assert not torch.equal(first.own_share, other.own_share)
 
 
 def test_options_do_not_change_the_other_draws():
     plain, mixed = (
-        draw(torch.arange(50), 2, 16, views, (0,)) for views in (ORIGINAL, ViewOptions(cutmix=1.0, hflip=0))
+        draw_epoch(torch.arange(50), 2, 16, options, (0,)) for options in (ORIGINAL, ViewOptions(cutmix=1.0, hflip=0))
     )
     assert torch.equal(plain.order, mixed.order) and torch.equal(plain.uniforms, mixed.uniforms)
-    assert plain.colour_orders == mixed.colour_orders and not torch.equal(plain.mix, mixed.mix)
+    assert plain.colour_orders == mixed.colour_orders and not torch.equal(plain.own_share, mixed.own_share)
