@@ -1,13 +1,22 @@
-import muon
+"""Muon, the optimisers of the recipes and the running average against closed forms and PyTorch's own."""
+
+import copy
+import dataclasses
+
 import pytest
 import torch
-from engine import Machine
-from learner import Trainer
-from muon import Muon, orthogonalise
-from settings import RECIPES, Stage
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from augment import COLUMNS
+import optim
+from augment import Batch
+from harness.machine import Machine
+from model import build_model
+from optim import FILTER_RATE, Muon, RunningAverage, build_optimizer, orthogonalise
+from recipes import RECIPES, Recipe, Stage
+from train import Trainer
+
+STAGE = Stage(epochs=1, crop_size=(32,), eval_size=32, batch=4, lr=0.1)
 
 
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6), (5, 5)])
@@ -32,11 +41,11 @@ def test_orthogonalise_needs_few_digits():
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_products_are_in_the_machines_precision(precision: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     seen = []
-    monkeypatch.setattr(muon, "orthogonalise", lambda matrix, precision: seen.append(precision) or matrix)
-    stage = Stage(epochs=1, crop_size=(32,), eval_size=32, batch=4, lr=0.1)
-    learner = Trainer(RECIPES["cpu"], 10, Machine(torch.device("cpu"), precision, compile=False))
-    learner.begin(stage, 4)
-    learner._step(torch.randn(4, 3, 32, 32), torch.arange(4), torch.ones(4), torch.zeros(4, COLUMNS))
+    monkeypatch.setattr(optim, "orthogonalise", lambda matrix, precision: seen.append(precision) or matrix)
+    trainer = Trainer(RECIPES["cpu"], 10, Machine(torch.device("cpu"), precision, compile=False))
+    trainer.begin_stage(STAGE, 4)
+    labels = torch.arange(4)
+    trainer.step(Batch(torch.randn(4, 3, 32, 32), labels, labels, torch.ones(4)))
     assert seen == [precision] * 9
 
 
@@ -84,3 +93,76 @@ def test_filters_without_a_gradient_stay():
     before = conv.weight.detach().clone()
     Muon([{"params": conv.parameters(), "orthogonal": True}], lr=0.1, momentum=0.9).step()
     assert torch.equal(conv.weight, before)
+
+
+def recipe(**changes) -> Recipe:
+    return dataclasses.replace(RECIPES["original"], layers=(1, 1, 1), planes=(4, 4, 4), weight_decay=0.01, **changes)
+
+
+def step_with(optimizer: torch.optim.Optimizer, net: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in net.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "name, plain",
+    [
+        ("adam", lambda groups: torch.optim.Adam(groups, lr=0.1, foreach=False)),
+        ("adamw", lambda groups: torch.optim.AdamW(groups, lr=0.1, foreach=False)),
+        ("sgd", lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True, foreach=False)),
+    ],
+)
+@pytest.mark.parametrize("decay_norms", [False, True])
+def test_optimisers_are_torchs_plain_ones_with_decay_where_the_recipe_says(name, plain, decay_norms):
+    net = build_model((1, 1, 1), planes=(4, 4, 4))
+    twin = copy.deepcopy(net)
+    optimizer = build_optimizer(recipe(optimizer=name, decay_norms=decay_norms), STAGE, net)
+    decayed = [p for p in twin.parameters() if decay_norms or p.ndim > 1]
+    others = [p for p in twin.parameters() if not decay_norms and p.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    reference = plain([group for group in groups if group["params"]])
+    for seed in range(3):
+        step_with(optimizer, net, seed)
+        step_with(reference, twin, seed)
+    for (parameter, p), q in zip(net.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, msg=lambda text, parameter=parameter: f"{parameter}: {text}")
+
+
+@pytest.mark.parametrize("network", ["bottleneck", "wide"])
+def test_muon_turns_all_filters_but_the_stems(network):
+    net = build_model((1, 1, 1), kind=network, planes=(8, 8, 8))
+    optimizer = build_optimizer(
+        recipe(network=network, optimizer="muon", decay_norms=False), STAGE, net, torch.bfloat16
+    )
+    names = {id(p): name for name, p in net.named_parameters()}
+    kinds = {
+        (group["orthogonal"], group["weight_decay"], group["lr"]): {names[id(p)] for p in group["params"]}
+        for group in optimizer.param_groups
+    }
+    convolutions = {f"{name}.weight" for name, part in net.named_modules() if isinstance(part, nn.Conv2d)}
+    assert kinds == {
+        (False, 0.01, 0.1): {"conv1.weight", "fc.weight"},
+        (False, 0.0, 0.1): set(names.values()) - convolutions - {"fc.weight"},
+        (True, 0.0, 0.1 * FILTER_RATE): convolutions - {"conv1.weight"},
+    }
+    assert optimizer.precision is torch.bfloat16
+
+
+def floats(state: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([value.flatten() for value in state.values() if value.is_floating_point()])
+
+
+def test_the_running_average_is_torchs():
+    net = build_model((1, 1, 1), planes=(4, 4, 4))
+    ours = RunningAverage(net, 0.9)
+    theirs = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    for step in range(4):
+        with torch.no_grad():
+            for value in (*net.parameters(), *net.buffers()):
+                value.add_(step)
+        ours.update()
+        theirs.update_parameters(net)
+        assert torch.equal(floats(ours.net.state_dict()), floats(theirs.module.state_dict()))
+    assert ours.updates == 4 and not any(p.requires_grad for p in ours.net.parameters())

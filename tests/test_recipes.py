@@ -1,31 +1,20 @@
-"""The command line and the recipes against what they are said to be."""
+"""The recipes against what they are said to be."""
 
 import dataclasses
 import json
 
 import pytest
-import settings
-from settings import RECIPES, Recipe, Runtime, Stage, parse
+import torch
 
-from augment import ViewOptions
-
-
-def test_plain_command_is_the_original_recipe():
-    recipe, runtime = parse([])
-    assert recipe == RECIPES["original"] and runtime == Runtime()
-    first, second = recipe.stages
-    assert (first.epochs, first.crop_size, first.batch, first.lr) == (300, (70,), 128, 1e-3)
-    assert (second.epochs, second.crop_size, second.batch, second.lr) == (140, (120,), 64, 5e-4)
-    assert (recipe.views_per_image, recipe.seed, recipe.optimizer, recipe.weight_decay) == (20, 0, "adam", 1e-4)
-    assert recipe.decay_norms and recipe.label_smoothing == recipe.average == 0 and not recipe.mirror
-    samples = sum(stage.epochs * 4000 * recipe.views_per_image for stage in recipe.stages)
-    assert samples == 35_200_000
+from data import AUGMENTATIONS
+from model import count_parameters
+from recipes import RECIPES, Recipe, Stage, build_network, replace
 
 
 def test_last_rates_of_the_original_are_those_it_ended_on():
     recipe = RECIPES["original"]
-    assert recipe.rate(recipe.stages[0], 299) == pytest.approx(1.5e-6, rel=0.3)
-    assert recipe.rate(recipe.stages[1], 139) == pytest.approx(5e-6, rel=0.3)
+    assert recipe.learning_rate(recipe.stages[0], 299) == pytest.approx(1.5e-6, rel=0.3)
+    assert recipe.learning_rate(recipe.stages[1], 139) == pytest.approx(5e-6, rel=0.3)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -34,57 +23,71 @@ def test_a_recipe_survives_json(name):
     assert Recipe.from_dict(json.loads(json.dumps(recipe.as_dict()))) == recipe
 
 
-@pytest.mark.parametrize("settings_class", [Stage, ViewOptions, Recipe, Runtime])
-def test_every_field_with_a_help_text_is_a_flag(settings_class):
-    flags = settings.build_parser().format_help()
-    for item in dataclasses.fields(settings_class):
-        if "help" in item.metadata:
-            assert f"--{item.name.replace('_', '-')} " in flags
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_read_by_the_names_of_older_checkpoints(name):
+    recipe = RECIPES[name]
+    values = json.loads(json.dumps(recipe.as_dict()))
+    values["view"], values["views"] = values.pop("augmentation"), values.pop("views_per_image")
+    before = json.dumps(values)
+    assert Recipe.from_dict(values) == recipe
+    assert json.dumps(values) == before  # what was read is not changed
 
 
-def test_flags_replace_the_recipes_values():
-    recipe, runtime = parse(
-        "--recipe cpu --epochs 3 --crop-size 32,48 --rotation 5 --crop-scale 0.5 1 --views 2 --no-mirror "
-        "--planes 4 8 16 --fold 2 --out x --threads 1".split()
-    )
-    expected = dataclasses.replace(
-        RECIPES["cpu"],
-        stages=(dataclasses.replace(RECIPES["cpu"].stages[0], epochs=3, crop_size=(32, 48)),),
-        view=dataclasses.replace(RECIPES["cpu"].view, rotation=5.0, crop_scale=(0.5, 1.0)),
-        views=2,
-        mirror=False,
-        planes=(4, 8, 16),
-        fold=2,
-    )
-    assert recipe == expected
-    assert (str(runtime.out), runtime.threads) == ("x", 1)
-
-
-def test_one_value_a_stage():
-    recipe, _ = parse(["--epochs", "30", "0"])
-    assert [stage.epochs for stage in recipe.stages] == [30, 0]
-    assert recipe.locate(29) == (0, 29)
-    with pytest.raises(ValueError, match="no further"):
-        recipe.locate(30)
+def test_a_recipe_of_other_settings_is_refused():
+    values = RECIPES["demo"].as_dict()
+    with pytest.raises(TypeError, match="colour"):
+        Recipe.from_dict(values | {"colour": 1})
+    with pytest.raises(ValueError, match="views_per_image"):
+        Recipe.from_dict(values | {"views_per_image": 0})
+    with pytest.raises(KeyError, match="stages"):
+        Recipe.from_dict({name: value for name, value in values.items() if name != "stages"})
 
 
 def test_stages_follow_each_other():
     recipe = dataclasses.replace(RECIPES["original"], stages=tuple(Stage(n, (32,), 32, 4, 0.1) for n in (2, 0, 3)))
-    assert [recipe.locate(done) for done in range(5)] == [(0, 0), (0, 1), (2, 0), (2, 1), (2, 2)]
-    assert [recipe.start(number) for number in range(3)] == [0, 2, 2]
+    assert [recipe.stage_and_epoch(done) for done in range(5)] == [(0, 0), (0, 1), (2, 0), (2, 1), (2, 2)]
+    assert [recipe.first_epoch_of(index) for index in range(3)] == [0, 2, 2]
     assert recipe.epochs == 5
+    with pytest.raises(ValueError, match="no further"):
+        recipe.stage_and_epoch(5)
 
 
 @pytest.mark.parametrize("epochs, sizes, expected", [(6, (48, 64, 80), [48, 48, 64, 64, 80, 80]), (3, (70,), [70] * 3)])
 def test_crop_sizes_share_a_stage(epochs, sizes, expected):
     stage = Stage(epochs, sizes, 96, 64, 0.1)
-    assert [stage.size(epoch) for epoch in range(epochs)] == expected
+    assert [stage.crop_size_at(epoch) for epoch in range(epochs)] == expected
+    recipe = dataclasses.replace(RECIPES["original"], stages=(Stage(1, (32,), 32, 4, 0.1), stage))
+    assert [recipe.crop_size_at(done) for done in range(1 + epochs)] == [32, *expected]
 
 
-@pytest.mark.parametrize("flag, way_out", [("--cosine-stem", "--no-cosine-stem"), ("--no-last-pool", "--last-pool")])
-def test_parts_of_the_wide_network_are_refused_for_the_other(flag, way_out, capsys):
-    with pytest.raises(SystemExit) as stop:
-        settings.parse([flag])
-    assert stop.value.code == 2
-    assert f"is a part of network wide: for bottleneck add {way_out}\n" in capsys.readouterr().err
-    settings.parse([flag, "--network", "wide", "--layers", "1", "1", "1"])
+def test_samples_are_those_of_whole_batches():
+    recipe = RECIPES["original"]
+    assert recipe.samples(4_000, [0]) == 80_000
+    assert recipe.samples(4_010, [0, 1, 1]) == 626 * 128 + 2 * 1253 * 64
+
+
+def test_values_are_replaced_where_they_stand():
+    recipe = replace(RECIPES["original"], {"epochs": [3, 1], "rotation": 5.0, "layers": [1, 1, 1], "threads": 1})
+    assert [stage.epochs for stage in recipe.stages] == [3, 1]
+    assert recipe.augmentation == dataclasses.replace(AUGMENTATIONS["original"], rotation=5.0)
+    assert recipe == dataclasses.replace(
+        RECIPES["original"], stages=recipe.stages, augmentation=recipe.augmentation, layers=(1, 1, 1)
+    )
+    with pytest.raises(ValueError, match=r"epochs takes 2 value\(s\) here, one per stage, not 1"):
+        replace(RECIPES["original"], {"epochs": [3]})
+
+
+@pytest.mark.parametrize(
+    "name, parameters",
+    [("original", 1_996_986), ("cpu", 1_877_386), ("cpu-long", 1_877_386), ("gpu", 1_877_386), ("demo", 38_442)],
+)
+def test_networks_have_their_published_number_of_parameters(name, parameters):
+    with torch.device("meta"):
+        assert count_parameters(build_network(RECIPES[name], 10)) == parameters
+
+
+@pytest.mark.parametrize("planes", [(30, 60, 97), (4096, 4096, 4096)])
+def test_a_network_over_the_budget_is_refused_with_the_way_out(planes):
+    recipe = dataclasses.replace(RECIPES["original"], planes=planes)
+    with pytest.raises(ValueError, match="2,000,000: give smaller --layers or --planes, or a larger --budget"):
+        build_network(recipe, 10)

@@ -1,0 +1,109 @@
+"""The command line of `train.py` against the dataclasses that its flags are made from."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from augment import ViewOptions
+from harness import cli
+from harness.cli import Runtime, default_run_folder, parse_train
+from recipes import RECIPES, Recipe, Stage
+
+
+def test_plain_command_is_the_original_recipe():
+    recipe, runtime = parse_train([])
+    assert recipe == RECIPES["original"] and runtime == Runtime()
+    first, second = recipe.stages
+    assert (first.epochs, first.crop_size, first.batch, first.lr) == (300, (70,), 128, 1e-3)
+    assert (second.epochs, second.crop_size, second.batch, second.lr) == (140, (120,), 64, 5e-4)
+    assert (recipe.views_per_image, recipe.seed, recipe.optimizer, recipe.weight_decay) == (20, 0, "adam", 1e-4)
+    assert recipe.decay_norms and recipe.label_smoothing == recipe.average == 0 and not recipe.mirror
+    samples = sum(stage.epochs * 4000 * recipe.views_per_image for stage in recipe.stages)
+    assert samples == 35_200_000
+
+
+@pytest.mark.parametrize("settings_class", [Stage, ViewOptions, Recipe, Runtime])
+def test_every_field_with_a_help_text_is_a_flag(settings_class):
+    flags = cli.train_parser().format_help()
+    for item in dataclasses.fields(settings_class):
+        if "help" in item.metadata:
+            name = "views" if item.name == "views_per_image" else item.name
+            assert f"--{name.replace('_', '-')} " in flags
+
+
+def test_flags_replace_the_recipes_values():
+    recipe, runtime = parse_train(
+        "--recipe cpu --epochs 3 --crop-size 32,48 --rotation 5 --crop-scale 0.5 1 --views 2 --no-mirror "
+        "--planes 4 8 16 --fold 2 --out x --threads 1".split()
+    )
+    expected = dataclasses.replace(
+        RECIPES["cpu"],
+        stages=(dataclasses.replace(RECIPES["cpu"].stages[0], epochs=3, crop_size=(32, 48)),),
+        augmentation=dataclasses.replace(RECIPES["cpu"].augmentation, rotation=5.0, crop_scale=(0.5, 1.0)),
+        views_per_image=2,
+        mirror=False,
+        planes=(4, 8, 16),
+        fold=2,
+    )
+    assert recipe == expected
+    assert (str(runtime.out), runtime.threads) == ("x", 1)
+
+
+def test_one_value_a_stage():
+    recipe, _ = parse_train(["--epochs", "30", "0"])
+    assert [stage.epochs for stage in recipe.stages] == [30, 0]
+    assert recipe.stage_and_epoch(29) == (0, 29)
+    with pytest.raises(ValueError, match="no further"):
+        recipe.stage_and_epoch(30)
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ("--views 0", "--views is from 1 and up to 10000, not 0"),
+        ("--demo --recipe cpu", "--demo and --recipe cpu exclude each other"),
+        ("--demo --images x", "--demo draws its own pictures; for those of --images give --recipe demo"),
+        ("--fold 1 --images x", "--fold is one of STL-10's official folds: there are none of other pictures"),
+        ("--image-size 64", "--image-size is the size of the pictures of --images; STL-10's are 96 px"),
+        ("--crop-size 32 4x", "'4x' is not a size, nor sizes joined by commas"),
+        ("--view 1", "unrecognized arguments: --view 1"),
+    ],
+)
+def test_flags_that_cannot_be_are_one_sentence_with_status_2(flags, sentence, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_train(flags.split())
+    assert stop.value.code == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("train.py: error: ") and last.endswith(sentence)
+
+
+@pytest.mark.parametrize("flag, way_out", [("--cosine-stem", "--no-cosine-stem"), ("--no-last-pool", "--last-pool")])
+def test_parts_of_the_wide_network_are_refused_for_the_other(flag, way_out, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_train([flag])
+    assert stop.value.code == 2
+    assert f"is a part of network wide: for bottleneck add {way_out}\n" in capsys.readouterr().err
+    parse_train([flag, "--network", "wide", "--layers", "1", "1", "1"])
+
+
+@pytest.mark.parametrize(
+    "flags, folder",
+    [
+        ("", "runs/original-seed0"),
+        ("--recipe cpu --fold 3 --seed 7", "runs/cpu-fold3-seed7"),
+        ("--images some/birds --recipe cpu", "runs/birds-cpu-seed0"),
+        ("--demo --out elsewhere", "elsewhere"),
+    ],
+)
+def test_a_run_folder_is_named_for_what_tells_it_from_others(flags, folder):
+    assert default_run_folder(*parse_train(flags.split())) == Path(folder)
+
+
+def test_whole_numbers_within_their_bounds():
+    convert = cli.whole_number(2, 10)
+    assert [convert(text) for text in ("2", "10")] == [2, 10]
+    for text in ("1", "11", "-3", "2.0", "", "x"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not a whole number from 2 to 10"):
+            convert(text)
