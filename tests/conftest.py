@@ -1,11 +1,19 @@
+import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 import train
-from harness import demo_shapes, plots
+from harness import demo_shapes
+
+TINY_RUN = (
+    "--demo --threads 1 --precision fp32 --no-compile --epochs 3 1 --crop-size 32 32 --eval-size 32 40 --batch 32 32 "
+    "--lr 0.02 0.01 --planes 4 4 8 --vflip 0"
+).split()
 
 
 @pytest.fixture
@@ -24,8 +32,29 @@ def emulated_card() -> str:
     return os.environ["FAKECUDA"]
 
 
+@contextlib.contextmanager
+def signal_handlers_restored() -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers() -> Iterator[None]:
+    """Training in this process sets signal handlers: no test leaves them behind."""
+    with signal_handlers_restored():
+        yield
+
+
 def shrink_demo(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(demo_shapes, "IMAGES_PER_CLASS", {"train": 20, "test": 5})
+
+
+def save_empty_plots(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Figure, "savefig", lambda figure, path, **_: path.touch())
 
 
 @pytest.fixture
@@ -34,23 +63,22 @@ def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     shrink_demo(monkeypatch)
 
 
+@pytest.fixture
+def empty_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots are empty files: writing real ones takes half of a tiny run's time."""
+    save_empty_plots(monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Folders of two finished runs of seeds 0 and 1 on the small demo: three epochs, then one, without plots."""
+    """Folders of two finished runs of seeds 0 and 1 on the small demo: three epochs, then one; plots are empty."""
     root = tmp_path_factory.mktemp("tiny")
-    settings = "--epochs 3 1 --crop-size 32 32 --eval-size 32 40 --batch 32 32 --lr 0.02 0.01 --planes 4 4 8 --vflip 0"
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            shrink_demo(patch)
-            patch.setattr(plots, "_save", lambda figure, path: figure)  # half of the time otherwise
-            for seed in "01":
-                place = ["--data-dir", f"{root / 'data'}", "--out", f"{root / f'seed{seed}'}"]
-                flags = ["--demo", "--seed", seed, "--threads", "1", "--precision", "fp32", "--no-compile"]
-                assert train.main([*flags, *settings.split(), *place]) == 0
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with signal_handlers_restored(), pytest.MonkeyPatch.context() as patch:
+        shrink_demo(patch)
+        save_empty_plots(patch)
+        for seed in "01":
+            place = ["--data-dir", f"{root / 'data'}", "--out", f"{root / f'seed{seed}'}"]
+            assert train.main([*TINY_RUN, "--seed", seed, *place]) == 0
     return root / "seed0", root / "seed1"
 
 

@@ -6,13 +6,13 @@ import random
 import threading
 from pathlib import Path
 
-import files
 import numpy as np
 import pytest
 import torch
-from errors import RunError
 
 import data
+from harness import files
+from harness.errors import RunError
 
 DEFAULT_VAL_SHA256 = "269aa1cd2834e192f31738f7754a0d951efd21597a88b80b33187ed29a72b4d6"  # int64 indices, ascending
 FILES = ("train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin")

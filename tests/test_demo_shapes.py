@@ -1,14 +1,15 @@
-"""demo.py: files of the right format, the same each time, with something to learn in them."""
+"""demo_shapes.py: files of the right format, the same each time, with something to learn in them."""
 
 import hashlib
 from pathlib import Path
 
-import demo
 import numpy as np
 import pytest
-from errors import RunError
 
 import data
+from harness import demo_shapes
+from harness.errors import RunError
+from harness.files import LOCK_FILE
 
 
 @pytest.fixture(scope="module")
@@ -18,29 +19,29 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def specs(folder) -> data.Specs:
-    return demo.make(folder)
+    return demo_shapes.make(folder)
 
 
 @pytest.mark.parametrize(("split", "per_class"), [("train", 150), ("test", 30)])
 def test_the_files_load_as_stl10_does(folder, specs, split, per_class):
-    loaded = data.load(folder, split, specs, demo.DEMO_CLASSES)
+    loaded = data.load(folder, split, specs, demo_shapes.DEMO_CLASSES)
     assert loaded.images.shape == (10 * per_class, 3, 96, 96)
     assert loaded.labels.bincount().tolist() == [per_class] * 10
     assert loaded.labels[:50].unique().numel() > 5  # mixed, not sorted
-    assert loaded.classes == demo.DEMO_CLASSES and len(set(demo.DEMO_CLASSES)) == 10
+    assert loaded.classes == demo_shapes.DEMO_CLASSES and len(set(demo_shapes.DEMO_CLASSES)) == 10
     hashes = {hashlib.md5(image.numpy().tobytes()).digest() for image in loaded.images}
     assert len(hashes) == len(loaded.images)
 
 
 def test_train_and_val_are_stratified(folder, specs):
-    labels = data.load(folder, "train", specs, demo.DEMO_CLASSES).labels
+    labels = data.load(folder, "train", specs, demo_shapes.DEMO_CLASSES).labels
     train, val = data.split_indices(labels)
     assert labels[train].bincount().tolist() == [120] * 10
     assert labels[val].bincount().tolist() == [30] * 10
 
 
 def test_no_temporary_file_is_left(folder, specs):
-    assert {path.name for path in (folder / "stl10_binary").iterdir()} == set(specs)
+    assert {path.name for path in (folder / "stl10_binary").iterdir()} == {*specs, LOCK_FILE}
 
 
 def test_files_that_are_right_are_kept_and_others_drawn_again(folder, specs):
@@ -48,7 +49,7 @@ def test_files_that_are_right_are_kept_and_others_drawn_again(folder, specs):
     paths[0].write_bytes(paths[0].read_bytes()[:-1])
     paths[1].unlink()
     times = [path.stat().st_mtime_ns for path in paths[2:]]
-    assert demo.make(folder) == specs  # the same images, too
+    assert demo_shapes.make(folder) == specs  # the same images, too
     assert [path.stat().st_mtime_ns for path in paths[2:]] == times
     for path in paths:
         data.read_file(path, specs[path.name])
@@ -56,15 +57,15 @@ def test_files_that_are_right_are_kept_and_others_drawn_again(folder, specs):
 
 def test_images_are_drawn_upright(folder, specs):
     """Stripes run up and down, give or take 20 degrees: pixels differ more from the next column than the next row."""
-    loaded = data.load(folder, "train", specs, demo.DEMO_CLASSES)
-    stripes = loaded.images[loaded.labels == demo.DEMO_CLASSES.index("stripes")].float()
+    loaded = data.load(folder, "train", specs, demo_shapes.DEMO_CLASSES)
+    stripes = loaded.images[loaded.labels == demo_shapes.DEMO_CLASSES.index("stripes")].float()
     assert stripes.diff(dim=3).abs().mean() > 1.3 * stripes.diff(dim=2).abs().mean()
 
 
 def test_shapes_have_the_areas_of_geometry():
     axis = np.linspace(-1.2, 1.2, 1201, dtype=np.float32)
     u, v = axis[None, :], axis[:, None]
-    areas = {name: (shape(u, v) > 0).mean() * 2.4**2 for name, shape in demo.SHAPES.items()}
+    areas = {name: (shape(u, v) > 0).mean() * 2.4**2 for name, shape in demo_shapes.SHAPES.items()}
     assert areas["disc"] == pytest.approx(np.pi * 0.9**2, abs=0.02)
     assert areas["ring"] == pytest.approx(np.pi * (0.95**2 - 0.61**2), abs=0.02)
     assert areas["square"] == pytest.approx(1.7**2, abs=0.02)
@@ -76,4 +77,4 @@ def test_shapes_have_the_areas_of_geometry():
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=str(tmp_path / "file")):
-        demo.make(tmp_path / "file")
+        demo_shapes.make(tmp_path / "file")

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import download
 import pytest
-from errors import RunError
 
 import data
+from harness import download
+from harness.errors import RunError
+from harness.files import LOCK_FILE
 
 NAMES = ("test_X.bin", "test_y.bin", "train_X.bin", "train_y.bin")
 NOISE = random.Random(0)
@@ -90,8 +91,9 @@ def fetch(server: Server, data_dir: Path, **options) -> None:
 
 
 def present(data_dir: Path) -> dict[str, bytes]:
-    """Everything below the folder, hidden and temporary files too."""
-    return {str(path.relative_to(data_dir)): path.read_bytes() for path in data_dir.rglob("*") if path.is_file()}
+    """Everything below the folder, hidden and temporary files too, but for the lock."""
+    paths = [path for path in data_dir.rglob("*") if path.is_file() and path.name != LOCK_FILE]
+    return {str(path.relative_to(data_dir)): path.read_bytes() for path in paths}
 
 
 def wanted(*names: str) -> dict[str, bytes]:
@@ -111,7 +113,7 @@ def test_the_transfer_stops_before_the_unlabelled_images(server, tmp_path):
 
 def test_files_that_are_right_are_neither_fetched_nor_touched(server, tmp_path):
     fetch(server, tmp_path)
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "stl10_binary").iterdir()}
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "stl10_binary").glob("*.bin")}
     fetch(server, tmp_path)
     assert server.requests == 1
     (tmp_path / "stl10_binary" / "train_X.bin").write_bytes(b"damaged")
@@ -264,25 +266,29 @@ def test_a_member_that_cannot_be_put_in_place_is_named_at_once(server, tmp_path)
 def test_a_full_disk_is_no_broken_connection(server, tmp_path):
     """A limit on the size of a file stands in for the full disk; a process of its own, as the limit stays."""
     program = (
-        "import resource, signal, sys; from pathlib import Path; import download; from data import FileSpec\n"
+        "import resource, signal; from pathlib import Path; from harness import download; from data import FileSpec\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))\n"
         f"specs = {{name: FileSpec(*spec) for name, spec in { ({n: tuple(s) for n, s in SPECS.items()})!r}.items()}}\n"
         f"download.fetch(Path({str(tmp_path)!r}), specs, {server.url!r}, (0, 0), False)\n"
     )
-    root = Path(download.__file__).parent
+    root = Path(download.__file__).parent.parent
     run = subprocess.run([sys.executable, "-B", "-c", program], cwd=root, capture_output=True, text=True)
     assert f"RunError: cannot write {tmp_path / 'stl10_binary' / 'test_X.bin'}: File too large" in run.stderr
     assert server.requests == 1 and present(tmp_path) == {}
 
 
 def test_an_interrupt_leaves_no_temporary_file(server, tmp_path, monkeypatch):
-    def interrupted(*_):
-        yield CONTENTS["test_X.bin"][:1000]
-        assert [path.name for path in (tmp_path / "stl10_binary").iterdir()] == [".test_X.bin.tmp"]
-        raise KeyboardInterrupt
+    class Interrupted:
+        parts = [CONTENTS["test_X.bin"][:1000]]
 
-    monkeypatch.setattr(download, "_chunks", interrupted)
+        def read(self, size: int) -> bytes:
+            if self.parts:
+                return self.parts.pop()
+            assert list(present(tmp_path)) == ["stl10_binary/.test_X.bin.tmp"]
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tarfile.TarFile, "extractfile", lambda *_: Interrupted())
     with pytest.raises(KeyboardInterrupt):
         fetch(server, tmp_path)
     assert present(tmp_path) == {}

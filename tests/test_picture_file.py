@@ -3,13 +3,14 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import pictures
 import pytest
 import torch
-from errors import RunError
 from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
+
+from harness import picture_file
+from harness.errors import RunError
 
 GREY = np.array([[0, 64, 255], [128, 32, 200], [250, 7, 99]], np.uint8)
 COLOUR = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
@@ -30,7 +31,7 @@ def centre(array: np.ndarray) -> np.ndarray:
 
 
 def test_a_square_of_the_right_size_keeps_its_pixels(tmp_path):
-    opened = pictures.open_square(save(centre(COLOUR), tmp_path / "a.png"), 32)
+    opened = picture_file.open_square(save(centre(COLOUR), tmp_path / "a.png"), 32)
     assert opened.dtype == torch.uint8 and opened.is_contiguous()
     assert torch.equal(opened, pixels(centre(COLOUR)))
 
@@ -40,13 +41,13 @@ def test_a_square_of_the_right_size_keeps_its_pixels(tmp_path):
 def test_centre_crop_and_antialiased_bilinear_resize(tmp_path, size, upright):
     array = COLOUR.transpose(1, 0, 2) if upright else COLOUR
     square = array[8:40] if upright else centre(array)
-    opened = pictures.open_square(save(array, tmp_path / "a.png"), size)
+    opened = picture_file.open_square(save(array, tmp_path / "a.png"), size)
     expected = TF.resize(pixels(square).float(), [size, size], InterpolationMode.BILINEAR, antialias=True)
     assert (opened.float() - expected).abs().max() <= 1.01
 
 
 def test_an_odd_rest_is_cut_at_whole_pixels(tmp_path):
-    assert torch.equal(pictures.open_square(save(COLOUR[:, :33], tmp_path / "a.png"), 32), pixels(COLOUR[:, :32]))
+    assert torch.equal(picture_file.open_square(save(COLOUR[:, :33], tmp_path / "a.png"), 32), pixels(COLOUR[:, :32]))
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_an_odd_rest_is_cut_at_whole_pixels(tmp_path):
 )  # fmt: skip
 def test_modes(tmp_path, name, make, expected):
     options = {"lossless": True} if name.endswith("webp") else {}
-    assert torch.equal(pictures.open_square(save(make(), tmp_path / name, **options), 3), pixels(expected))
+    assert torch.equal(picture_file.open_square(save(make(), tmp_path / name, **options), 3), pixels(expected))
 
 
 def test_16_bit_colour(tmp_path):
@@ -82,16 +83,16 @@ def test_16_bit_colour(tmp_path):
     header = struct.pack(">IIBBBBB", 1, 3, 16, 2, 0, 0, 0)
     content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
-    assert pictures.open_square(tmp_path / "a.png", 1).flatten().tolist() == GREY[1].tolist()  # the middle row
+    assert picture_file.open_square(tmp_path / "a.png", 1).flatten().tolist() == GREY[1].tolist()  # the middle row
 
 
 def test_16_bit_grey_of_a_portable_graymap(tmp_path):
     (tmp_path / "a.pgm").write_bytes(b"P5 3 3 65535\n" + (GREY.astype(np.uint16) * 257).astype(">u2").tobytes())
-    assert torch.equal(pictures.open_square(tmp_path / "a.pgm", 3), pixels(GREY))
+    assert torch.equal(picture_file.open_square(tmp_path / "a.pgm", 3), pixels(GREY))
 
 
 @pytest.mark.parametrize("name", ["rgba.png", "grey_alpha.png", "palette.png", "key.png", "palette.gif"])
-def test_what_is_transparent_lies_on_white(tmp_path, name):
+def test_transparency_shows_white(tmp_path, name):
     """Left pixel opaque red (or its grey), right one transparent black."""
     image = Image.fromarray(np.array([[[200, 0, 0, 255], [0, 0, 0, 0]]] * 2, np.uint8))
     left, options = [200, 0, 0], {}
@@ -103,14 +104,14 @@ def test_what_is_transparent_lies_on_white(tmp_path, name):
         options = {"transparency": 1}
     elif name == "key.png":
         image, options = image.convert("RGB"), {"transparency": (0, 0, 0)}
-    opened = pictures.open_square(save(image, tmp_path / name, **options), 2)
+    opened = picture_file.open_square(save(image, tmp_path / name, **options), 2)
     assert opened[:, 0].T.tolist() == [left, [255, 255, 255]]
 
 
 def test_half_transparent_is_mixed_with_white(tmp_path):
     path = save(np.full((2, 2, 4), (100, 0, 200, 51), np.uint8), tmp_path / "a.png")
     expected = [round(255 * 0.8 + 0.2 * value) for value in (100, 0, 200)]
-    assert pictures.open_square(path, 2)[:, 0, 0].tolist() == pytest.approx(expected, abs=1)
+    assert picture_file.open_square(path, 2)[:, 0, 0].tolist() == pytest.approx(expected, abs=1)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def test_half_transparent_is_mixed_with_white(tmp_path):
 def test_the_camera_says_which_side_is_up(tmp_path, orientation, upright):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    opened = pictures.open_square(save(GREY, tmp_path / "a.png", exif=exif), 3)
+    opened = picture_file.open_square(save(GREY, tmp_path / "a.png", exif=exif), 3)
     assert torch.equal(opened, pixels(upright(GREY).copy()))
 
 
@@ -138,7 +139,7 @@ def test_first_frame_of_an_animation(tmp_path, name):
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime", "blue")]
     options = {"lossless": True} if name == "a.webp" else {}
     path = save(frames[0], tmp_path / name, save_all=True, append_images=frames[1:], duration=50, **options)
-    assert pictures.open_square(path, 4)[:, 0, 0].tolist() == [255, 0, 0]
+    assert picture_file.open_square(path, 4)[:, 0, 0].tolist() == [255, 0, 0]
 
 
 def test_what_cannot_be_used_is_one_sentence_with_the_name(tmp_path):
@@ -154,7 +155,7 @@ def test_what_cannot_be_used_is_one_sentence_with_the_name(tmp_path):
         "folder.png": "directory", "missing.png": "No such file", "deep.tif": "70000", "nan.tif": "nan",
     }.items():  # fmt: skip
         with pytest.raises(RunError, match=f"{name}.*{reason}") as caught:
-            pictures.open_square(tmp_path / name, 8)
+            picture_file.open_square(tmp_path / name, 8)
         assert "\n" not in str(caught.value)
 
 
@@ -162,7 +163,7 @@ def test_what_cannot_be_used_is_one_sentence_with_the_name(tmp_path):
 def test_decompression_bombs_are_refused(tmp_path, monkeypatch, factor):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", int(32 * 48 * factor))
     with pytest.raises(RunError, match="a.png is implausibly large"):
-        pictures.open_square(save(COLOUR, tmp_path / "a.png"), 8)
+        picture_file.open_square(save(COLOUR, tmp_path / "a.png"), 8)
 
 
 def test_find_looks_everywhere_but_in_hidden_places(tmp_path):
@@ -171,7 +172,7 @@ def test_find_looks_everywhere_but_in_hidden_places(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
-    assert [path.relative_to(tmp_path).as_posix() for path in pictures.find(tmp_path)] == [
+    assert [path.relative_to(tmp_path).as_posix() for path in picture_file.find(tmp_path)] == [
         "a.png",
         "b.JPG",
         "deep/er/c.webp",

@@ -1,4 +1,4 @@
-"""A folder of one's own pictures: what is read, how it is split, what is kept beside it, and what is refused."""
+"""A folder of the user's own pictures: what is read, how it is split, what is kept beside it, and what is refused."""
 
 import hashlib
 import json
@@ -6,40 +6,38 @@ import os
 import random
 from pathlib import Path
 
-import checkpoint
-import dataset
-import folder
 import numpy as np
-import pictures
 import pytest
-import settings
 import torch
-from errors import RunError
-from garden import COLOURS, TINY, draw, fill
+from picture_folders import COLOURS, TINY, draw, fill
 from PIL import Image
 
 import data
+import recipes
 import train
+from harness import checkpoint, cli, picture_file, picture_folder
+from harness.errors import RunError
+from harness.images import Source, load_for_network, load_images, load_test_images, recorded_source
 from model import count_parameters
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    return fill(tmp_path / "garden", 5)
+    return fill(tmp_path / "pictures", 5)
 
 
-def recipe(**changes: object) -> settings.Recipe:
-    return settings.replace(settings.RECIPES["demo"], {"image_size": 32, **changes})
+def recipe(**changes: object) -> recipes.Recipe:
+    return recipes.replace(recipes.RECIPES["demo"], {"image_size": 32, **changes})
 
 
 def test_every_picture_arrives_as_its_square_under_its_class(images: Path) -> None:
     (images / "apple" / ".hidden.png").write_bytes(b"no picture")
     (images / ".hidden").mkdir()
-    found, split = folder.load(images, 32)
+    found, split = picture_folder.load(images, 32)
     assert split is None and found.classes == ("apple", "leaf", "sky")
     assert found.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5 and found.labels.dtype == torch.int64
     paths = [path for name in found.classes for path in sorted((images / name).glob("[!.]*"))]
-    assert torch.equal(found.images, torch.stack([pictures.open_square(path, 32) for path in paths]))
+    assert torch.equal(found.images, torch.stack([picture_file.open_square(path, 32) for path in paths]))
 
 
 def test_pictures_of_any_mode_arrive_in_eight_bit_colours(tmp_path: Path) -> None:
@@ -61,18 +59,18 @@ def test_pictures_of_any_mode_arrive_in_eight_bit_colours(tmp_path: Path) -> Non
     for name, (page, _) in pages.items():
         more = {"save_all": True, "append_images": animation[1:]} if name == "g.gif" else {}
         page.save(tmp_path / "one" / name, **more)
-    found = folder.load(tmp_path, 32)[0]
+    found = picture_folder.load(tmp_path, 32)[0]
     for image, (name, (_, colour)) in zip(found.images, pages.items(), strict=False):
         assert torch.equal(image, torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1).expand(3, 32, 32)), name
 
 
 def test_pictures_in_folders_below_a_class_belong_to_it(images: Path) -> None:
     draw(images / "leaf" / "2024" / "may" / "new.png", COLOURS["leaf"], 77)
-    assert folder.load(images, 32)[0].labels.tolist() == [0] * 5 + [1] * 6 + [2] * 5
+    assert picture_folder.load(images, 32)[0].labels.tolist() == [0] * 5 + [1] * 6 + [2] * 5
 
 
 def test_split_follows_the_rule_for_stl10(images: Path) -> None:
-    found, training, val = dataset.load(recipe(val_fraction=0.4, split_seed=3), Path("nowhere"), images)
+    found, training, val = load_images(recipe(val_fraction=0.4, split_seed=3), Path("nowhere"), images)
     expected_train, expected_val = [], []
     for label in range(3):
         members = sorted(range(5 * label, 5 * label + 5), key=str)
@@ -80,36 +78,36 @@ def test_split_follows_the_rule_for_stl10(images: Path) -> None:
         expected_train += members[:3]
         expected_val += members[3:]
     assert training.tolist() == sorted(expected_train) and val.tolist() == sorted(expected_val)
-    assert dataset.load(recipe(train_on="all"), Path("nowhere"), images)[2].tolist() == []
+    assert load_images(recipe(train_on="all"), Path("nowhere"), images)[2].tolist() == []
 
 
 def test_given_split_is_taken_as_it_is(tmp_path: Path) -> None:
     fill(tmp_path / "train", 4)
     fill(tmp_path / "val", 2, start=500)
     fill(tmp_path / "test", 1, start=900)
-    found, training, val = dataset.load(recipe(), Path("nowhere"), tmp_path)
+    found, training, val = load_images(recipe(), Path("nowhere"), tmp_path)
     assert training.tolist() == list(range(12)) and val.tolist() == list(range(12, 18))
     assert found.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [0, 0, 1, 1, 2, 2]
     first_val = min((tmp_path / "val" / "apple").glob("[!.]*"))
-    assert torch.equal(found.images[12], pictures.open_square(first_val, 32))
-    test = folder.load_test(tmp_path, 32)
+    assert torch.equal(found.images[12], picture_file.open_square(first_val, 32))
+    test = picture_folder.load_test(tmp_path, 32)
     assert test.labels.tolist() == [0, 1, 2] and test.classes == found.classes
 
 
 def test_squares_are_kept_and_used_again(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = folder.load(images, 32)[0]
+    first = picture_folder.load(images, 32)[0]
     assert [path.name for path in images.iterdir() if path.name.startswith(".")] == [".squares-32px.npz"]
     with monkeypatch.context() as patch:
-        patch.setattr(pictures, "open_square", lambda *_: pytest.fail("a picture was opened again"))
-        again = folder.load(images, 32)[0]
+        patch.setattr(picture_file, "open_square", lambda *_: pytest.fail("a picture was opened again"))
+        again = picture_folder.load(images, 32)[0]
     assert torch.equal(again.images, first.images) and again.digest == first.digest
-    assert folder.load(images, 40)[0].images.shape[-1] == 40
-    assert torch.equal(folder.load(images, 32)[0].images, first.images)
+    assert picture_folder.load(images, 40)[0].images.shape[-1] == 40
+    assert torch.equal(picture_folder.load(images, 32)[0].images, first.images)
 
 
 @pytest.mark.parametrize("change", ("changed", "touched", "added", "removed", "renamed"))
 def test_kept_squares_are_made_anew_when_the_pictures_are_others(images: Path, change: str) -> None:
-    before = folder.load(images, 32)[0]
+    before = picture_folder.load(images, 32)[0]
     path = images / "sky" / "sky0.png"
     if change == "changed":
         draw(path, (0, 0, 0), 5)
@@ -124,21 +122,21 @@ def test_kept_squares_are_made_anew_when_the_pictures_are_others(images: Path, c
         path.unlink()
     else:
         path.rename(path.with_name("sky9.png"))
-    after = folder.load(images, 32)[0]
+    after = picture_folder.load(images, 32)[0]
     paths = [path for name in after.classes for path in sorted((images / name).iterdir())]
-    assert torch.equal(after.images, torch.stack([pictures.open_square(path, 32) for path in paths]))
+    assert torch.equal(after.images, torch.stack([picture_file.open_square(path, 32) for path in paths]))
     assert (after.digest == before.digest) is False
 
 
 @pytest.mark.parametrize("damage", ("emptied", "cut", "flipped", "foreign"))
 def test_damaged_squares_are_made_anew(images: Path, damage: str) -> None:
-    right = folder.load(images, 32)[0]
+    right = picture_folder.load(images, 32)[0]
     kept = images / ".squares-32px.npz"
     content = bytearray(kept.read_bytes())
     middle = len(content) // 2
     content[middle] ^= 1
     kept.write_bytes({"emptied": b"", "cut": content[:middle], "flipped": content, "foreign": b"hello"}[damage])
-    assert torch.equal(folder.load(images, 32)[0].images, right.images)
+    assert torch.equal(picture_folder.load(images, 32)[0].images, right.images)
     assert np.load(kept)["images"].shape == (15, 3, 32, 32)
 
 
@@ -150,7 +148,7 @@ def test_folder_that_cannot_be_written_is_read_and_says_so(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", refuse)
-        found = folder.load(images, 32)[0]
+        found = picture_folder.load(images, 32)[0]
     told = capsys.readouterr().out
     assert len(found.labels) == 15 and told.count("\n") == 1 and "Permission denied" in told and "anew" in told
     assert not list(images.glob(".*"))
@@ -158,7 +156,7 @@ def test_folder_that_cannot_be_written_is_read_and_says_so(
 
 def test_repeated_picture_within_a_class_counts_once(images: Path, capsys: pytest.CaptureFixture) -> None:
     (images / "leaf" / "leaf9.png").write_bytes((images / "leaf" / "leaf0.png").read_bytes())
-    found = folder.load(images, 32)[0]
+    found = picture_folder.load(images, 32)[0]
     assert found.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
     assert f"1 picture(s) passed over that are there twice in a class ({images / 'leaf' / 'leaf9.png'}" in (
         capsys.readouterr().out
@@ -169,7 +167,7 @@ def test_one_picture_in_two_classes_is_refused_with_both_names(images: Path) -> 
     copy = images / "sky" / "other.png"
     Image.open(images / "leaf" / "leaf0.png").save(copy, compress_level=0)  # the same pixels in other bytes
     with pytest.raises(RunError, match="are one picture in two classes") as refused:
-        folder.load(images, 32)
+        picture_folder.load(images, 32)
     assert str(images / "leaf" / "leaf0.png") in str(refused.value) and str(copy) in str(refused.value)
 
 
@@ -178,16 +176,16 @@ def test_one_picture_in_train_and_val_is_refused(tmp_path: Path) -> None:
     fill(tmp_path / "val", 2, start=500)
     (tmp_path / "val" / "sky" / "copy.png").write_bytes((tmp_path / "train" / "sky" / "sky0.png").read_bytes())
     with pytest.raises(RunError, match=r"train/sky/sky0.png and .*val/sky/copy.png are one picture in train and val"):
-        folder.load(tmp_path, 32)
+        picture_folder.load(tmp_path, 32)
 
 
 def test_test_picture_that_was_trained_on_is_refused(tmp_path: Path) -> None:
     for start, name in enumerate(("train", "val", "test")):
         fill(tmp_path / name, 2, start=500 * start)
-    assert len(folder.load_test(tmp_path, 32).labels) == 6
+    assert len(picture_folder.load_test(tmp_path, 32).labels) == 6
     (tmp_path / "test" / "sky" / "copy.png").write_bytes((tmp_path / "train" / "sky" / "sky0.png").read_bytes())
     with pytest.raises(RunError, match=r"test/sky/copy.png is one picture with one in train or val; take it out"):
-        folder.load_test(tmp_path, 32)
+        picture_folder.load_test(tmp_path, 32)
 
 
 def test_broken_files_are_named_and_counted(images: Path) -> None:
@@ -195,13 +193,13 @@ def test_broken_files_are_named_and_counted(images: Path) -> None:
     whole = (images / "sky" / "sky1.jpg").read_bytes()
     (images / "sky" / "sky1.jpg").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(RunError, match=r"apple/a\.png.*, and so with 1 more; repair it or take it out"):
-        folder.load(images, 32)
+        picture_folder.load(images, 32)
     assert not list(images.glob(".*"))
 
 
 def test_other_files_are_passed_over_aloud(images: Path, capsys: pytest.CaptureFixture) -> None:
     (images / "apple" / "notes.txt").write_text("red")
-    assert len(folder.load(images, 32)[0].labels) == 15
+    assert len(picture_folder.load(images, 32)[0].labels) == 15
     assert "1 file(s) passed over" in (told := capsys.readouterr().out) and "notes.txt" in told
 
 
@@ -243,11 +241,11 @@ def _one_picture(images: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "told"),
     (
-        (_nothing, "garden holds no class folders"),
-        (_absent, "cannot read the folder .*garden: No such file"),
-        (_one_class, r"garden holds one class only \(apple\)"),
+        (_nothing, "pictures holds no class folders"),
+        (_absent, "cannot read the folder .*pictures: No such file"),
+        (_one_class, r"pictures holds one class only \(apple\)"),
         (_empty_class, "class pear has no pictures"),
-        (_no_val, "garden/test holds folders itself: a split as given takes train and val, by these names"),
+        (_no_val, "pictures/test holds folders itself: a split as given takes train and val, by these names"),
         (_class_missing_in_val, "class leaf is in only one of .*train and .*val"),
         (_one_picture, "class pear has one picture only"),
     ),
@@ -255,24 +253,24 @@ def _one_picture(images: Path) -> None:
 def test_what_cannot_be_trained_on_is_told_in_one_sentence(images: Path, spoil, told: str) -> None:
     spoil(images)
     with pytest.raises(RunError, match=told) as refused:
-        dataset.load(recipe(), Path("nowhere"), images)
+        load_images(recipe(), Path("nowhere"), images)
     assert "\n" not in str(refused.value)
 
 
 def test_training_on_a_folder_keeps_its_classes_and_refuses_other_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, empty_plots: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    images = fill(tmp_path / "garden", 14)
+    images = fill(tmp_path / "pictures", 14)
     monkeypatch.chdir(tmp_path)
-    command = [*TINY, "--images", "garden", "--image-size", "40", "--val-fraction", "0.3", "--lr", "0.01", "0.01"]
+    command = [*TINY, "--images", "pictures", "--image-size", "40", "--val-fraction", "0.3", "--lr", "0.01", "0.01"]
     assert train.main(command) == 0
-    run = tmp_path / "runs" / "garden-demo-seed0"
+    run = tmp_path / "runs" / "pictures-demo-seed0"
     config = json.loads((run / "config.json").read_text())
-    assert config["images"] == {"train": 30, "val": 12, "digest": folder.load(images, 40)[0].digest}
+    assert config["images"] == {"train": 30, "val": 12, "digest": picture_folder.load(images, 40)[0].digest}
     trained = checkpoint.load_network(run)
     assert trained.classes == ("apple", "leaf", "sky") and trained.model.fc.out_features == 3
-    assert dataset.places(run) == dataset.places(run / "best.pt") == (Path("data"), Path("garden"))
-    found, training, val = dataset.of_trained(trained, *dataset.places(run))
+    assert recorded_source(run) == recorded_source(run / "best.pt") == (Path("data"), Path("pictures"))
+    found, training, val = load_for_network(trained, recorded_source(run), fetch=False)
     assert found.images.shape == (42, 3, 40, 40) and (len(training), len(val)) == (30, 12)
     assert train.main(command) == 0 and "this run is finished" in capsys.readouterr().out
 
@@ -280,21 +278,21 @@ def test_training_on_a_folder_keeps_its_classes_and_refuses_other_images(
     with pytest.raises(RunError, match="holds a run with other settings.*digest"):
         train.main(command)
     with pytest.raises(RunError, match="does not hold the images that this network was trained with"):
-        dataset.of_trained(trained, *dataset.places(run))
-    with pytest.raises(RunError, match="was trained with pictures of one's own; name their folder with --images"):
-        dataset.of_trained(trained, Path("data"))
+        load_for_network(trained, recorded_source(run), fetch=False)
+    with pytest.raises(RunError, match="was trained with a folder of pictures; name it with --images"):
+        load_for_network(trained, Source(Path("data"), None), fetch=False)
 
 
-def test_test_images_of_other_classes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = fill(tmp_path / "garden", 4)
+def test_test_images_of_other_classes_are_refused(tmp_path: Path, empty_plots: None) -> None:
+    images = fill(tmp_path / "pictures", 4)
     assert train.main([*TINY, "--images", str(images), "--out", str(tmp_path / "run")]) == 0
     trained = checkpoint.load_network(tmp_path / "run")
     others = tmp_path / "others"
     fill(others / "test", 1, start=900)
-    assert len(dataset.load_test(trained, Path("data"), others).labels) == 3
+    assert len(load_test_images(trained, Source(Path("data"), others)).labels) == 3
     draw(others / "test" / "pear" / "one.png", (200, 200, 0), 1)
     with pytest.raises(RunError, match="have the classes apple, leaf, pear, sky, the network apple, leaf, sky"):
-        dataset.load_test(trained, Path("data"), others)
+        load_test_images(trained, Source(Path("data"), others))
 
 
 @pytest.mark.parametrize(
@@ -309,12 +307,12 @@ def test_test_images_of_other_classes_are_refused(tmp_path: Path, monkeypatch: p
 )
 def test_flags_that_do_not_go_together_are_a_usage_error(flags, told, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as ended:
-        settings.parse(flags)
+        cli.parse_train(flags)
     assert ended.value.code == 2 and told in capsys.readouterr().err
 
 
-def test_parameter_budget_holds_unless_it_is_raised(images: Path, capsys: pytest.CaptureFixture) -> None:
-    parameters = count_parameters(checkpoint.network(recipe(planes=(2, 2, 2)), 3))
+def test_parameter_budget_holds_unless_it_is_raised(images: Path, empty_plots: None, capsys) -> None:
+    parameters = count_parameters(recipes.build_network(recipe(planes=(2, 2, 2)), 3))
     line = [*TINY, "--images", str(images), "--out", str(images.with_name("run"))]
     with pytest.raises(SystemExit) as ended:
         train.main([*line, "--budget", str(parameters - 1)])
@@ -338,14 +336,14 @@ def official(folder: Path, per_class: int, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setitem(data.OFFICIAL, name, data.FileSpec(len(content), hashlib.md5(content).hexdigest()))
 
 
-def test_fold_trains_on_its_images_and_validates_on_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fold_trains_on_its_images_and_validates_on_the_others(tmp_path: Path, empty_plots: None, monkeypatch) -> None:
     official(tmp_path, 4, monkeypatch)
     monkeypatch.chdir(tmp_path)
     command = [*TINY, "--recipe", "original", "--views", "1", "--data-dir", str(tmp_path), "--layers", "1", "1", "1"]
     assert train.main([*command, "--fold", "1"]) == 0
     trained = checkpoint.load_network(tmp_path / "runs" / "original-fold1-seed0")
     assert trained.images == {"train": 20, "val": 20} and trained.recipe.fold == 1
-    _, training, val = dataset.of_trained(trained, tmp_path)
+    _, training, val = load_for_network(trained, Source(tmp_path, None), fetch=False)
     assert training.tolist() == list(range(0, 40, 2)) and val.tolist() == list(range(1, 40, 2))
 
     path = tmp_path / data.FOLDER / data.FOLDS_FILE

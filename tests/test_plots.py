@@ -1,11 +1,12 @@
 import numpy as np
-import plots
 import pytest
 import torch
-from errors import RunError
 from matplotlib.text import Text
 from PIL import Image
-from scoring import wilson
+
+from harness import plots
+from harness.errors import RunError
+from harness.metrics import wilson
 
 NAMES = ["70 px crops", "120 px crops"]
 

@@ -5,14 +5,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from errors import RunError
-from garden import TINY, fill
+from picture_folders import TINY, fill
 
 import train
+from harness.errors import RunError
+from harness.interrupt import STOPPED_BY_TIME
 
 
 def command(folder: Path) -> list[str]:
-    return [*TINY, "--images", str(fill(folder / "garden", 5)), "--out", str(folder / "run"), "--tensorboard"]
+    return [*TINY, "--images", str(fill(folder / "pictures", 5)), "--out", str(folder / "run"), "--tensorboard"]
 
 
 def written(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -22,12 +23,12 @@ def written(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
-def test_scalars_are_the_rows_of_the_csv_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scalars_are_the_rows_of_the_csv_once_each(tmp_path: Path, empty_plots: None, monkeypatch) -> None:
     pytest.importorskip("tensorboard")
     line = [*command(tmp_path), "--epochs", "2", "1"]
     with monkeypatch.context() as patch:
         patch.setattr(train.time, "monotonic", iter(range(0, 10**9, 1000)).__next__)  # a slow machine, it will seem
-        assert train.main([*line, "--max-minutes", "1"]) == train.STOPPED_BY_TIME
+        assert train.main([*line, "--max-minutes", "1"]) == STOPPED_BY_TIME
     assert [step for step, _ in written(tmp_path / "run")["train_loss"]] == [1]
     assert train.main(line) == 0
     with open(tmp_path / "run" / "metrics.csv", newline="") as file:
