@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from aligned import PaddedChannels, padded_widths
-from engine import Machine
-from learner import Trainer
-from settings import RECIPES, Stage
 
-import augment
+from augment import draw_epoch
+from harness.channel_padding import PaddedChannels, padded_widths
+from harness.machine import Machine
 from model import build_model
+from recipes import RECIPES, Stage
+from train import Trainer
 
 PLAIN = Machine(torch.device("cpu"), torch.float32, compile=False)
 NETWORKS = {
@@ -22,7 +22,7 @@ NETWORKS = {
 
 
 def pair(options: dict[str, Any]) -> tuple[torch.nn.Module, torch.nn.Module, PaddedChannels]:
-    """A float64 network, a copy of it, and the copy's aligned form."""
+    """A float64 network, a copy of it, and the copy's padded form."""
     torch.manual_seed(0)
     net = build_model(**options).double()
     twin = build_model(**options | {"planes": padded_widths(options["planes"])}).double()
@@ -33,10 +33,10 @@ def pair(options: dict[str, Any]) -> tuple[torch.nn.Module, torch.nn.Module, Pad
 
 @pytest.mark.parametrize("options", NETWORKS.values(), ids=NETWORKS)
 def test_logits_gradients_and_statistics_are_the_plain_networks(options: dict[str, Any]):
-    net, other, aligned = pair(options)
+    net, other, padded = pair(options)
     for step in range(2):
         x = torch.randn(6, 3, 40, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
-        logits, same = net(x), aligned(x)
+        logits, same = net(x), padded(x)
         torch.testing.assert_close(same, logits)
         for output in (logits, same):
             F.cross_entropy(output, torch.arange(6)).backward()
@@ -50,9 +50,9 @@ def test_logits_gradients_and_statistics_are_the_plain_networks(options: dict[st
 
 
 def test_only_the_networks_own_weights_are_seen():
-    _, other, aligned = pair(NETWORKS["bottleneck"])
-    assert [id(p) for p in aligned.parameters()] == [id(p) for p in other.parameters()]
-    assert {id(b) for b in aligned.buffers()} == {id(b) for b in other.buffers()}
+    _, other, padded = pair(NETWORKS["bottleneck"])
+    assert [id(p) for p in padded.parameters()] == [id(p) for p in other.parameters()]
+    assert {id(b) for b in padded.buffers()} == {id(b) for b in other.buffers()}
 
 
 def test_widths_are_brought_up_to_cache_lines_near_by():
@@ -72,25 +72,25 @@ def test_training_is_that_of_the_plain_network(optimizer: str):
     generator = torch.Generator().manual_seed(0)
     images = (F.interpolate(torch.rand(40, 3, 6, 6, generator=generator), size=96, mode="bilinear") * 255).byte()
     labels = torch.randint(10, (40,), generator=generator)
-    draws = augment.draw_epoch(torch.arange(40), 1, stage.batch, recipe.augmentation, (0, 0, 0))
+    draws = draw_epoch(torch.arange(40), 1, stage.batch, recipe.augmentation, (0, 0, 0))
     losses = []
-    for aligned in (True, False):
-        learner = Trainer(recipe, 10, PLAIN)
-        assert isinstance(learner._net, PaddedChannels)
-        if not aligned:
-            learner._net = learner.net
-        learner.begin(stage, len(images))
-        losses.append(learner.train_epoch(images, labels, draws, stage, 32, lambda: None).losses)
+    for padded in (True, False):
+        trainer = Trainer(recipe, 10, PLAIN)
+        assert isinstance(trainer.step_model, PaddedChannels)
+        if not padded:
+            trainer.step_model = trainer.net
+        trainer.begin_stage(stage, len(images))
+        losses.append(trainer.train_epoch(images, labels, draws, stage, 32, lambda: None).losses)
     torch.testing.assert_close(*losses, atol=1e-4, rtol=1e-4)
 
 
 def test_the_stem_with_most_filters_has_a_twin_too():
     """The wider twin's would have more than there are."""
     recipe = dataclasses.replace(RECIPES["cpu"], layers=(1, 1, 1), planes=(193, 32, 32))
-    assert isinstance(Trainer(recipe, 10, PLAIN)._net, PaddedChannels)
+    assert isinstance(Trainer(recipe, 10, PLAIN).step_model, PaddedChannels)
 
 
 @pytest.mark.parametrize("network", [{"planes": (8, 8, 8)}, {"planes": (16, 32, 48)}])
 def test_widths_that_fit_already_are_left_alone(network: dict[str, Any]):
-    learner = Trainer(dataclasses.replace(RECIPES["original"], layers=(1, 1, 1), **network), 10, PLAIN)
-    assert learner._net is learner.net
+    trainer = Trainer(dataclasses.replace(RECIPES["original"], layers=(1, 1, 1), **network), 10, PLAIN)
+    assert trainer.step_model is trainer.net

@@ -1,0 +1,70 @@
+"""The arithmetic of the networks, and the seconds to expect of a recipe, against closed forms."""
+
+import pytest
+import torch
+
+from harness import cost
+from harness.cost import forward_gflop, modelled_rates, norm_outputs, seconds_at_rates, step_gflop
+from harness.machine import Machine
+from model import build_model
+from recipes import RECIPES
+
+PLAIN = Machine(torch.device("cpu"), torch.float32, compile=False)
+SMALL = {"layers": (1, 1, 1), "planes": (4, 6, 8)}
+
+
+@pytest.mark.parametrize("size, gflop", [(70, 0.74), (96, 1.37), (120, 2.16)])
+def test_forward_gflop_of_the_original_network(size: int, gflop: float):
+    with torch.device("meta"):
+        assert round(forward_gflop(build_model(), size), 2) == gflop
+
+
+def test_counting_leaves_the_network_as_it_was():
+    net = build_model(**SMALL).train()
+    assert step_gflop(net, 40) == 3 * forward_gflop(net, 40)
+    assert net.training and not net._forward_hooks and net.bn1.num_batches_tracked == 0
+
+
+def test_norm_outputs_are_those_of_each_norm():
+    net = build_model(kind="wide", **SMALL)
+    stem, first, second, third = 2 * 20**2, 4 * 10**2, 6 * 5**2, 8 * 2**2
+    assert norm_outputs(net, 40) == stem + 2 * (first + second + third)
+
+
+def test_seconds_are_samples_over_rates():
+    recipe = RECIPES["original"]
+    rates = {70: 100.0, 120: 40.0}
+    full = 300 * 80_000 / 100 + 140 * 80_000 / 40
+    assert seconds_at_rates(recipe, 4_000, rates) == pytest.approx(full)
+    assert seconds_at_rates(recipe, 12_000, rates) == pytest.approx(3 * full)
+    assert seconds_at_rates(recipe, 4_000, rates, epochs_done=310) == pytest.approx(130 * 80_000 / 40)
+    assert seconds_at_rates(recipe, 4_000, rates, epochs_done=290, end=300) == pytest.approx(10 * 80_000 / 100)
+    assert seconds_at_rates(recipe, 4_000, rates, epochs_done=440) == 0
+
+
+def test_seconds_follow_the_sizes_within_a_stage():
+    recipe = RECIPES["cpu"]
+    sizes = [recipe.crop_size_at(epoch) for epoch in range(recipe.epochs)]
+    rates = {32: 200.0, 48: 90.0, 64: 50.0}
+    expected = sum(1 / rates[size] for size in sizes) * 4_000 * recipe.views_per_image
+    assert seconds_at_rates(recipe, 4_000, rates) == pytest.approx(expected)
+
+
+def test_the_rates_before_any_measurement_are_arithmetic(monkeypatch: pytest.MonkeyPatch):
+    net, recipe = build_model(**SMALL), RECIPES["original"]
+    monkeypatch.setattr(cost, "CPU_GFLOPS", {torch.float32: 40.0})
+    monkeypatch.setattr(cost, "CPU_NORM_SECONDS", {torch.float32: 1e-8})
+    seconds = {size: 3 * forward_gflop(net, size) / 40 + 1e-8 * norm_outputs(net, size) for size in (70, 120)}
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        rates = modelled_rates(PLAIN, recipe, net)
+        assert rates == pytest.approx({size: threads / value for size, value in seconds.items()})
+        total = 4_000 * 20 * (300 * seconds[70] + 140 * seconds[120]) / threads
+        assert seconds_at_rates(recipe, 4_000, rates) == pytest.approx(total)
+
+
+def test_on_cuda_the_rates_before_any_measurement_are_the_arithmetic_alone(monkeypatch: pytest.MonkeyPatch):
+    net, machine = build_model(**SMALL), Machine(torch.device("cuda", 0), torch.bfloat16, compile=True)
+    monkeypatch.setattr(cost, "CUDA_GFLOPS", {torch.bfloat16: 1000.0})
+    rates = modelled_rates(machine, RECIPES["original"], net)
+    assert rates == pytest.approx({size: 1000 / (3 * forward_gflop(net, size)) for size in (70, 120)})
