@@ -97,11 +97,15 @@ def orthogonalise(matrix: Tensor, precision: torch.dtype = torch.float32) -> Ten
 class RunningAverage:
     """Exponential average of a network's weights and BatchNorm statistics, the first update being a copy.
 
+    With `warmup` the decay at update t, counted from 0, is min(decay, (1 + t) / (10 + t)): the average looks back over
+    about a tenth of the steps so far, until that is as many as the decay means. Without, a run that is short beside
+    1 / (1 - decay) steps ends on an average that still holds its first weights.
+
     PyTorch's AveragedModel gives the same numbers, but waits for the device at each update, to hand it the count.
     """
 
-    def __init__(self, net: nn.Module, decay: float) -> None:
-        self.net, self.decay, self.updates = copy.deepcopy(net).requires_grad_(False), decay, 0
+    def __init__(self, net: nn.Module, decay: float, warmup: bool = False) -> None:
+        self.net, self.decay, self.warmup, self.updates = copy.deepcopy(net).requires_grad_(False), decay, warmup, 0
         self._own, self._source = (
             [value for value in module.state_dict().values() if value.is_floating_point()] for module in (self.net, net)
         )
@@ -109,5 +113,8 @@ class RunningAverage:
     @torch.no_grad()
     def update(self) -> None:
         """Draw the average closer to the network's present values."""
-        torch._foreach_lerp_(self._own, self._source, 1 - self.decay if self.updates else 1.0)
+        torch._foreach_lerp_(self._own, self._source, 1 - self._decay_now() if self.updates else 1.0)
         self.updates += 1
+
+    def _decay_now(self) -> float:
+        return min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay

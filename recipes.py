@@ -14,6 +14,7 @@ from scheduler import restart_rate, warmup_cosine_rate
 
 NO_LIMIT = 10**12  # parameters: a budget that holds nothing back
 OLD_NAMES = {"view": "augmentation", "views": "views_per_image"}  # of checkpoints of format 1
+OLD_RULES = {"average_warmup": False}  # what runs followed that were begun before the setting existed
 
 
 def option(help: str, default: Any = dataclasses.MISSING, **limits: Any) -> Any:
@@ -112,6 +113,7 @@ class Recipe:
     average: float = option(
         "decay of the running average of weights that is scored and kept; 0 is off", 0.0, low=0.0, high=0.99999
     )
+    average_warmup: bool = option("let the average's decay rise with the steps, so that it fits short runs too", True)
     mirror: bool = option("score each image together with its mirror image", False)
 
     def __post_init__(self) -> None:
@@ -167,14 +169,20 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
-        """The inverse of `as_dict`; lists are taken for tuples, and names of older versions are known.
+        """The inverse of `as_dict`; lists are taken for tuples, and names and rules of older versions are known.
 
         Raises ValueError, TypeError or KeyError for anything else.
         """
         values = {OLD_NAMES.get(name, name): value for name, value in values.items()}
+        values = old_rules(values) | values
         stages = tuple(Stage(**_tuples(stage)) for stage in values.pop("stages"))
         augmentation = ViewOptions(**_tuples(values.pop("augmentation")))
         return cls(**_tuples(values), stages=stages, augmentation=augmentation)
+
+
+def old_rules(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a recipe's plain values lack, because they are newer, as it followed them nevertheless."""
+    return {name: rule for name, rule in OLD_RULES.items() if name not in values and values.get("average")}
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:

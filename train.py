@@ -89,9 +89,9 @@ def fit(
 
 def begin_or_continue(trainer: "Trainer", run: RunFolder, images: int, runtime: Runtime) -> None:
     """Put the trainer into the state that the run folder holds, if any; else start from --init, or from scratch."""
-    recipe = trainer.recipe
     with distributed.leader_first():
         state = run.resume(runtime.overwrite, runtime.tensorboard)
+    trainer.recipe = recipe = run.recipe  # of a run that an older version began, with that version's rules
     if distributed.max_over_ranks(run.epochs_done) != run.epochs_done:
         raise errors.RunError(f"{run.folder} is not one and the same folder for all processes")
     if run.epochs_done == recipe.epochs:
@@ -212,7 +212,7 @@ class Trainer:
             steps = images * recipe.views_per_image // stage.batch
             self.schedule = LambdaLR(self.optimizer, lambda step: recipe.learning_rate(stage, step / steps) / stage.lr)
         if recipe.average:
-            self.average = RunningAverage(self.net, recipe.average)
+            self.average = RunningAverage(self.net, recipe.average, recipe.average_warmup)
 
     def train_epoch(
         self, images: Tensor, labels: Tensor, draws: EpochDraws, stage: Stage, size: int, tick: Callable[[], None]

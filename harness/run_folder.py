@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import importlib.metadata
 import io
 import json
@@ -11,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from harness.metrics import wilson
 from harness.tensorboard_log import EVENT_FILES, TensorBoardLog
 from harness.text import duration
 from model import count_parameters
-from recipes import Recipe
+from recipes import Recipe, old_rules
 from scheduler import restart_epochs
 
 COLUMNS = (
@@ -80,6 +80,7 @@ class RunFolder:
     def resume(self, overwrite: bool, tensorboard: bool = False) -> dict[str, Any] | None:
         """Take up the state in the folder and return it, or None if there is none or it is to be overwritten.
 
+        A run that an older version began keeps the rules of that version: `recipe` has them from here on.
         Raises RunError if the state is unusable, or of a run with other settings or images.
         """
         self._tensorboard = TensorBoardLog(self.folder) if tensorboard and self.machine.leads else None
@@ -95,6 +96,7 @@ class RunFolder:
             print(f"warning: {warning}", file=sys.stderr)
         if state is not None:
             try:
+                self._keep_old_rules(state)
                 self._require_same_settings(state)
                 self.rows = list(state["rows"])
             except checkpoint.MISMATCH_ERRORS as error:
@@ -106,6 +108,13 @@ class RunFolder:
         for pattern in patterns:
             for path in self.folder.glob(pattern):
                 path.unlink()
+
+    def _keep_old_rules(self, state: dict[str, Any]) -> None:
+        """Change the recipe where the state is older than a setting and has followed another rule than its default."""
+        kept = {name: rule for name, rule in old_rules(state["recipe"]).items() if getattr(self.recipe, name) != rule}
+        if kept:
+            self.recipe = dataclasses.replace(self.recipe, **kept)
+            print(f"this run was begun before these settings existed, and goes on with {_listed(kept)}")
 
     def _require_same_settings(self, state: dict[str, Any]) -> None:
         now = {**_flat(self.recipe.as_dict()), "images": self.images, "classes": list(self.classes)}
@@ -124,7 +133,7 @@ class RunFolder:
             return
         config = {
             "recipe": self.recipe.as_dict(),
-            "runtime": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(runtime).items()},
+            "runtime": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(runtime).items()},
             "images": self.images,
             "parameters": count_parameters(net),
             **self.machine.as_dict(),
@@ -316,6 +325,10 @@ def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
     for index, stage in enumerate(recipe["stages"]):
         flat |= {f"{k} of stage {index + 1}": v for k, v in stage.items()}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items()}
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in settings.items())
 
 
 def _revision() -> str | None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from augment import Batch, EpochDraws, ViewOptions, draw_epoch, make_batch, normalise
 from harness import scoring
@@ -61,6 +61,14 @@ def trained(
     return trainer, train_epoch(trainer)
 
 
+@torch.no_grad()
+def rising_average(averaged: list[torch.Tensor], current: list[torch.Tensor], updates: torch.Tensor) -> None:
+    """RECIPE's average, in the form that PyTorch's AveragedModel takes it."""
+    decay = min(RECIPE.average, (1 + int(updates)) / (10 + int(updates)))
+    for own, value in zip(averaged, current, strict=True):
+        own.mul_(decay).add_(value, alpha=1 - decay)
+
+
 def by_hand(options: ViewOptions) -> tuple[list[float], int, dict[str, torch.Tensor]]:
     """What `trained` does in float32, written plainly: NCHW, PyTorch's own loss, optimiser, schedule and average."""
     images, labels = pictures()
@@ -70,7 +78,7 @@ def by_hand(options: ViewOptions) -> tuple[list[float], int, dict[str, torch.Ten
     others = [p for p in net.parameters() if p.ndim <= 1]
     groups = [{"params": weights, "weight_decay": RECIPE.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.SGD(groups, lr=STAGE.lr, momentum=0.9, nesterov=True, foreach=False)
-    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(RECIPE.average), use_buffers=True)
+    average = AveragedModel(net, multi_avg_fn=rising_average, use_buffers=True)
     draws = draw_epoch(torch.arange(40), 1, STAGE.batch, options, (0, 0, 0))
     losses, hits = [], 0
     for step in range(5):
