@@ -66,7 +66,7 @@ def rising_average(averaged: list[torch.Tensor], current: list[torch.Tensor], up
     """RECIPE's average, in the form that PyTorch's AveragedModel takes it."""
     decay = min(RECIPE.average, (1 + int(updates)) / (10 + int(updates)))
     for own, value in zip(averaged, current, strict=True):
-        own.mul_(decay).add_(value, alpha=1 - decay)
+        own.copy_(decay * own + (1 - decay) * value)
 
 
 def by_hand(options: ViewOptions) -> tuple[list[float], int, dict[str, torch.Tensor]]:
