@@ -24,10 +24,15 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from harness import errors
+
+if __name__ == "__main__":
+    errors.before_imports()
+
 import torch
 
 from augment import Batch, EpochDraws, draw_epoch, make_batch
-from harness import cost, errors, files, scoring
+from harness import cost, files, scoring
 from harness.baseline import CLASSES, CORES, Baseline, Job, load, timed
 from harness.cli import MACHINE_FLAGS, Runtime, add_flags, machine_settings, whole_number
 from harness.machine import start_machine

@@ -13,7 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness import errors, plots, text
+from harness import errors
+
+if __name__ == "__main__":
+    errors.before_imports()
+
+from harness import plots, text
 from harness.errors import RunError, reason
 from harness.metrics import wilson
 from harness.run_folder import COLUMNS, best_row

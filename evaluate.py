@@ -14,12 +14,17 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from harness import errors
+
+if __name__ == "__main__":
+    errors.before_imports()
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import data
-from harness import checkpoint, errors, files, metrics, report, scoring, scoring_ledger
+from harness import checkpoint, files, metrics, report, scoring, scoring_ledger
 from harness.checkpoint import TrainedNetwork
 from harness.cli import machine_settings, network_parser, whole_number
 from harness.errors import RunError

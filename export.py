@@ -22,11 +22,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from harness import errors
+
+if __name__ == "__main__":
+    errors.before_imports()
+
 import torch
 from torch import Tensor, nn
 
 import augment
-from harness import checkpoint, demo_shapes, errors, files, scoring
+from harness import checkpoint, demo_shapes, files, scoring
 from harness.checkpoint import TrainedNetwork
 from harness.errors import RunError
 from harness.images import Source, load_for_network, recorded_source

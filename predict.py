@@ -14,11 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from harness import errors
+
+if __name__ == "__main__":
+    errors.before_imports()
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from harness import checkpoint, errors, files, picture_file, plots, scoring, text
+from harness import checkpoint, files, picture_file, plots, scoring, text
 from harness.checkpoint import TrainedNetwork
 from harness.cli import machine_settings, network_parser, whole_number
 from harness.errors import RunError

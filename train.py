@@ -11,14 +11,15 @@ metrics.csv and checkpoints → plots. The same command again continues where it
 """
 
 import math
-import signal
 import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from harness import errors
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run begins there is nothing to save, nor to explain
+    errors.before_imports()
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from augment import Batch, EpochDraws, draw_epoch, make_batch
 from data import DataSet
-from harness import checkpoint, distributed, errors, scoring
+from harness import checkpoint, distributed, scoring
 from harness.channel_padding import with_padded_channels
 from harness.cli import Runtime, default_run_folder, parse_train, train_parser
 from harness.images import identity, load_images

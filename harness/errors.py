@@ -1,8 +1,26 @@
-"""The one kind of failure that the user can act on, and how a command reports it."""
+"""What the user can act on, how a command reports it, and what can go wrong before a command has begun."""
 
+import contextlib
+import errno
+import io
 import os
+import signal
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from types import TracebackType
+
+from harness.text import printable
+
+MEMORY_WORDS = (  # of PyTorch's allocators on CPU and CUDA, cuBLAS, cuDNN, C++ and the dynamic linker
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "out of memory",
+    "alloc_failed",
+    "bad_alloc",
+    "failed to map segment",
+)
 
 
 class RunError(Exception):
@@ -14,24 +32,76 @@ def reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the computer or its GPU has no memory left.
+
+    PyTorch raises a plain RuntimeError for the former, which only its words tell from others.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    return isinstance(error, RuntimeError | ImportError) and any(word in str(error).lower() for word in MEMORY_WORDS)
+
+
+def before_imports() -> None:
+    """Prepare a command's process for its heavy imports, which take seconds: to be called before them.
+
+    Until `report` takes over, Ctrl-C ends the process without a word, as there is nothing to save nor to explain. Too
+    little memory for the imports, or a TQDM_… variable that tqdm cannot use, is one line and status 1.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored, after `&`
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.excepthook = _report_memory
+    try:
+        from tqdm import tqdm
+
+        tqdm.monitor_interval = 0  # no thread beside ours
+        tqdm(total=1, file=io.StringIO(), disable=False).close()
+    except (
+        KeyError,
+        ValueError,
+        IndexError,
+    ) as error:  # it reads its variables when it is imported, and uses some later
+        names = ", ".join(sorted(name for name in os.environ if name.startswith("TQDM_")))
+        sys.exit(_fail(f"tqdm cannot use what the environment says in {names} ({reason(error)}); unset it"))
+
+
+def _report_memory(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if is_out_of_memory(error):
+        _fail(_no_memory(error))
+    else:
+        traceback.print_exception(kind, error, trace)
+
+
 def report(main: Callable[[], int | None]) -> int:
     """Run a command's `main` and return its exit status; what the user can act on becomes one line on stderr.
 
-    The status is 1 then, 130 after Ctrl-C. Other exceptions are bugs and keep their traceback.
+    The status is 1 then, 130 after Ctrl-C. Other exceptions are bugs and keep their traceback. What stdout and stderr
+    cannot encode is printed in escapes.
     """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started us (`2>&-`)
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started us (`2>&-`)
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        status = main() or 0
+        with _interrupts_raised():
+            status = main() or 0
     except RunError as error:
         status = _fail(str(error))
-    except OSError as error:  # of a file that nobody foresaw trouble with, or of a print
-        status = _fail(_cause(error))
     except KeyboardInterrupt:
         status = _fail("interrupted", 130)
     except SystemExit as stop:  # argparse's
         status = stop.code
+    except Exception as error:
+        if is_out_of_memory(error):
+            status = _fail(_no_memory(error))
+        elif isinstance(error, OSError):  # of a file that nobody foresaw trouble with, or of a print
+            status = _fail(_cause(error))
+        else:
+            raise
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -40,10 +110,27 @@ def report(main: Callable[[], int | None]) -> int:
     return status
 
 
+@contextlib.contextmanager
+def _interrupts_raised() -> Iterator[None]:
+    """Where Ctrl-C would end the process (see `before_imports`) it raises KeyboardInterrupt in the block."""
+    ends = signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    if ends:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ends and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _no_memory(error: BaseException) -> str:
+    return f"there is not enough memory ({reason(error)}); end other programs, or use a machine that has more"
+
+
 def _cause(error: OSError) -> str:
     return f"{error.filename or 'cannot write the output'}: {reason(error)}"
 
 
 def _fail(sentence: str, status: int = 1) -> int:
-    print(f"error: {sentence}", file=sys.stderr)
+    print(f"error: {printable(sentence)}", file=sys.stderr)
     return status

@@ -1,24 +1,44 @@
 """Text for people: tables, lengths of time, and names as they can be printed."""
 
-import os
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 
-def printable(path: Path) -> str:
-    """A path as text for tables and files, whatever bytes a file name may hold."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def printable(name: Path | str) -> str:
+    """A name as text for terminals, tables and files: escapes stand for bytes that are no UTF-8 and for control codes.
+
+    Python holds such bytes as lone surrogates, which can be neither printed nor written.
+    """
+    return "".join(c if c.isprintable() else _escape(c) for c in str(name))
+
+
+def _escape(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lines of aligned columns, the first to the left and the others to the right, two spaces apart."""
     lines = [header, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    widths = [max(width(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
-        "  ".join([line[0].ljust(widths[0])] + [cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True)])
+        "  ".join(
+            [line[0] + _fill(line[0], widths[0])] + [_fill(c, w) + c for c, w in zip(line[1:], widths[1:], strict=True)]
+        )
         for line in lines
     )
+
+
+def width(text: str) -> int:
+    """Columns of a terminal that a text takes: two a character of East Asia, none an accent that joins another."""
+    kinds = ((unicodedata.category(c), unicodedata.east_asian_width(c)) for c in text)
+    return sum(0 if category in ("Mn", "Me") else 2 if east_asian in "WF" else 1 for category, east_asian in kinds)
+
+
+def _fill(cell: str, columns: int) -> str:
+    return " " * (columns - width(cell))
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,164 @@
+"""What a command meets before and beside its work: Ctrl-C, odd terminals and environments, and too little memory."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness import errors
+from harness.errors import is_out_of_memory
+from harness.text import printable, table, width
+
+ROOT = Path(__file__).resolve().parent.parent
+WEIGHTS = ROOT / "weights" / "cpu-long-seed0.pt"
+COMMANDS = ("train", "evaluate", "predict", "export", "compare", "benchmark")
+
+
+def command(name: str, *arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / f"{name}.py"), *arguments]
+
+
+def one_line(stderr: str) -> str:
+    """The only error line, of an output without a traceback."""
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in stderr, stderr
+    return lines[0]
+
+
+# Ctrl-C
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_interrupted_while_loading_torch(name: str, tmp_path: Path) -> None:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command(name, "--help"), cwd=tmp_path, **pipes) as process:
+        maps, deadline = Path(f"/proc/{process.pid}/maps"), time.monotonic() + 60
+        while "libtorch" not in maps.read_text() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate()[0] == b"" and process.returncode == -signal.SIGINT
+    assert list(tmp_path.iterdir()) == []
+
+
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.default_int_handler])
+def test_interrupted_later(before, capsys: pytest.CaptureFixture) -> None:
+    kept = signal.signal(signal.SIGINT, before)
+    try:
+        assert errors.report(interrupt) == 130
+        assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGINT, kept)
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_a_shell_that_ignores_ctrl_c_is_obeyed() -> None:
+    code = "import signal, harness.errors as e; e.before_imports(); print(signal.getsignal(2) is signal.SIG_IGN)"
+    shell = f"trap '' INT; exec {sys.executable} -c '{code}'"
+    result = subprocess.run(["sh", "-c", shell], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "True\n"
+
+
+# the environment
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("TQDM_MININTERVAL", "abc"), ("TQDM_NCOLS", "wide"), ("TQDM_BAR_FORMAT", "{nothing}"), ("TQDM_MINITERS", "1,5")],
+)
+def test_tqdm_variables_that_tqdm_cannot_use(variable: str, value: str) -> None:
+    """They are read at import, or when the first bar is shown."""
+    result = subprocess.run(
+        command("predict", "--help"), env=os.environ | {variable: value}, capture_output=True, text=True
+    )
+    assert result.returncode == 1 and result.stdout == ""
+    assert f"{variable} (" in one_line(result.stderr) and "unset it" in result.stderr
+
+
+# memory
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you …"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to …"),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+    ],
+)
+def test_out_of_memory_is_recognised(error: BaseException, capsys: pytest.CaptureFixture) -> None:
+    def main() -> None:
+        raise error
+
+    assert is_out_of_memory(error)
+    assert errors.report(main) == 1
+    assert "there is not enough memory" in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("size mismatch for conv1.weight"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        KeyError("out of memory"),
+        errors.RunError("out of memory"),
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+    ],
+)
+def test_other_errors_are_not_of_memory(error: BaseException) -> None:
+    assert not is_out_of_memory(error)
+
+
+def test_what_the_allocators_really_raise() -> None:
+    for allocate in (lambda: torch.empty(2**60), lambda: bytearray(2**60), lambda: torch.zeros(2**45) + 1):
+        with pytest.raises((RuntimeError, MemoryError)) as caught:
+            allocate()
+        assert is_out_of_memory(caught.value)
+
+
+# text
+
+
+def test_what_cannot_be_printed_is_escaped() -> None:
+    assert printable(Path("ü b")) == "ü b" and printable("目録 ×") == "目録 ×"
+    assert printable(os.fsdecode(b"caf\xe9")) == r"caf\xe9"
+    assert printable("a\udce9\x1b[31m\n\ud800") == r"a\xe9\x1b[31m\n\ud800"
+
+
+def test_columns_align_on_a_terminal() -> None:
+    assert [width(text) for text in ("cat", "猫", "cafe\u0301", "ｱ", "Ａ", "👍")] == [3, 2, 4, 1, 2, 2]
+    lines = table(["file", "class"], [["a.png", "猫"], ["図.png", "cafe\u0301"]]).splitlines()
+    assert [width(line) for line in lines] == [13, 13, 13]
+    assert lines[1] == "a.png      猫"
+
+
+def test_an_error_is_one_line_whatever_the_file_is_called(capsys: pytest.CaptureFixture) -> None:
+    def main() -> None:
+        raise errors.RunError("cannot read a\nb\x1b[2J\udce9")
+
+    assert errors.report(main) == 1
+    assert capsys.readouterr().err == "error: cannot read a\\nb\\x1b[2J\\xe9\n"
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_help_on_any_terminal(encoding: str) -> None:
+    result = subprocess.run(
+        command("train", "--help"), env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True
+    )
+    assert (result.returncode, result.stderr) == (0, b"") and len(result.stdout.decode(encoding)) > 1000
