@@ -1,47 +1,51 @@
+"""The benchmark's two sides do the work that a job asks for, and its figures are those of closed forms."""
+
 import dataclasses
 import json
 import types
 
-import demo
 import pytest
-import sides
 import torch
-from settings import RECIPES, Runtime
 from torchvision import transforms
 
-import augment
 import benchmark
+from augment import ViewOptions
+from benchmark import ThisProject
+from harness import baseline, demo_shapes
+from harness.baseline import Baseline, Job, pil_views
+from harness.cli import Runtime
+from recipes import RECIPES
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(sides, "CORES", 1)
-    monkeypatch.setattr(sides, "DRAWN", 2)
+    monkeypatch.setattr(baseline, "CORES", 1)
+    monkeypatch.setattr(baseline, "DRAWN", 2)
 
 
 SMALL = dataclasses.replace(RECIPES["original"], layers=(1, 1, 1), planes=(4, 4, 4))
 
 
-def job(**changes) -> sides.Job:
+def job(**changes) -> Job:
     runtime = Runtime(device="cpu", threads=1, precision="fp32")
-    return sides.Job(SMALL, runtime, None, size=32, batch=4, eval_size=40, steps=2)._replace(**changes)
+    return Job(SMALL, runtime, None, size=32, batch=4, eval_size=40, steps=2)._replace(**changes)
 
 
-def point(size: int, classic: list[float], ours: list[float]) -> dict:
-    row = {"name": "a row", "classic": classic, "engine": ours}
-    row["ratios"] = [b / a for a, b in zip(classic, ours, strict=True)]
+def point(size: int, usual: list[float], ours: list[float]) -> dict:
+    row = {"name": "a row", "usual": usual, "this project": ours}
+    row["ratios"] = [b / a for a, b in zip(usual, ours, strict=True)]
     return {
         "size": size,
         "batch": 8,
         "rows": [row] * 4,
-        "step_tflops": {"classic": 0.05, "engine": 0.4},
+        "step_tflops": {"usual": 0.05, "this project": 0.4},
         "matmul_tflops": 0.8,
-        "steps_to_settle": {"classic": 64, "engine": 32},
-        "peak_memory": {"classic": 2**30, "engine": 3 * 2**29},
+        "steps_to_settle": {"usual": 64, "this project": 32},
+        "peak_memory": {"usual": 2**30, "this project": 3 * 2**29},
     }
 
 
-@pytest.mark.parametrize("side", [sides.Baseline, sides.ThisProject])
+@pytest.mark.parametrize("side", [Baseline, ThisProject])
 def test_both_sides_train_and_score_what_a_job_asks_for(side, small, monkeypatch):
     trained = []
     step = torch.optim.Adam.step
@@ -51,24 +55,27 @@ def test_both_sides_train_and_score_what_a_job_asks_for(side, small, monkeypatch
         trained.clear()
         getattr(mine, method)()
         assert len(trained) == steps, method
-    net = mine.net if side is sides.Baseline else mine.learner.net
+    net = mine.net if side is Baseline else mine.trainer.net
     assert net.training and net.bn1.num_batches_tracked == 4
 
 
-def test_the_classic_loader_delivers_the_recipes_views(small):
-    mine = sides.Baseline(job(size=48))
+def test_the_baselines_loader_delivers_the_recipes_views(small):
+    mine = Baseline(job(size=48))
     batches = list(mine.loader)
     assert [tuple(x.shape) for x, _ in batches] == [(4, 3, 48, 48)] * 2
     assert sorted(torch.cat([labels for _, labels in batches]).tolist()) == sorted(mine.pictures.labels[:8].tolist())
     (x, _), *_ = mine.eval_loader
     assert x.shape == (4, 3, 40, 40)
     torch.testing.assert_close(
-        mine.pictures.images[3].transpose(1, 2, 0), demo.draw("train", 2)[0][3].transpose(2, 1, 0), atol=0, rtol=0
+        mine.pictures.images[3].transpose(1, 2, 0),
+        demo_shapes.draw_shapes("train", 2)[0][3].transpose(2, 1, 0),
+        atol=0,
+        rtol=0,
     )
 
 
-def test_classic_views_are_the_original_ones():
-    rotation, crop, colour, hflip, vflip = sides.classic_views(augment.ViewOptions(), 70)
+def test_the_baselines_views_are_the_originals():
+    rotation, crop, colour, hflip, vflip = pil_views(ViewOptions(), 70)
     assert rotation.degrees == [-45, 45] and rotation.interpolation is transforms.InterpolationMode.NEAREST
     assert (crop.size, crop.scale, crop.ratio) == ((70, 70), (0.08, 1.0), (3 / 4, 4 / 3))
     assert crop.interpolation is transforms.InterpolationMode.BILINEAR and crop.antialias
@@ -90,10 +97,10 @@ def test_sides_take_turns_and_the_first_does_not_count():
             asked.append(self.name)
             return next(self.seconds)
 
-    two = [Side("classic", [9.0, 4.0, 5.0]), Side("engine", [9.0, 1.0, 2.0])]
+    two = [Side("usual", [9.0, 4.0, 5.0]), Side("this project", [9.0, 1.0, 2.0])]
     row = benchmark.take_turns("scoring", two, 2, "score", 1)
-    assert asked == ["classic", "engine"] * 3
-    assert row == {"name": "scoring", "classic": [25.0, 20.0], "engine": [100.0, 50.0], "ratios": [4.0, 2.5]}
+    assert asked == ["usual", "this project"] * 3
+    assert row == {"name": "scoring", "usual": [25.0, 20.0], "this project": [100.0, 50.0], "ratios": [4.0, 2.5]}
 
 
 @pytest.mark.parametrize(
@@ -131,8 +138,8 @@ def test_a_row_shows_medians_and_the_spread_of_the_ratios():
 def test_the_table_is_markdown_with_arithmetic_and_memory():
     lines = benchmark.text(point(70, [10.0], [50.0])).splitlines()
     assert [line.count("|") for line in lines[:6]] == [5] * 6 and lines[6] == ""
-    assert lines[0] == "| 70 px, batch 8 | classic, images/s | engine, images/s | times faster |"
-    assert "classic 0.05 (6%), engine 0.4 (50%)" in lines[7] and "1.00 and 1.50 GiB" in lines[7]
+    assert lines[0] == "| 70 px, batch 8 | usual, images/s | this project, images/s | times faster |"
+    assert "usual 0.05 (6%), this project 0.4 (50%)" in lines[7] and "1.00 and 1.50 GiB" in lines[7]
     assert lines[7].endswith("Steps to settle: 64 and 32.")
 
 
@@ -140,8 +147,8 @@ def test_a_forecast_is_samples_over_the_end_to_end_rates():
     measured = [point(70, [10.0, 10.0, 99.0], [100.0] * 3), point(120, [4.0] * 3, [1.0, 20.0, 40.0])]
     samples = {70: 300 * 80_000, 120: 140 * 80_000}
     assert benchmark.forecast(RECIPES["original"], measured) == {
-        "classic": pytest.approx(samples[70] / 10 + samples[120] / 4),
-        "engine": pytest.approx(samples[70] / 100 + samples[120] / 20),
+        "usual": pytest.approx(samples[70] / 10 + samples[120] / 4),
+        "this project": pytest.approx(samples[70] / 100 + samples[120] / 20),
     }
     assert benchmark.forecast(RECIPES["original"], measured[:1]) == {}
 
@@ -165,8 +172,8 @@ def test_the_command_prints_a_table_and_writes_every_figure(small, tmp_path, cap
     names = ["views by one core", "training step", "end to end", "scoring at 96 px"]
     assert [row["name"] for row in only["rows"]] == names
     for row in only["rows"]:
-        assert len(row["classic"]) == len(row["engine"]) == 2 and min(row["classic"] + row["engine"]) > 0
-        assert row["ratios"] == [b / a for a, b in zip(row["classic"], row["engine"], strict=True)]
+        assert len(row["usual"]) == len(row["this project"]) == 2 and min(row["usual"] + row["this project"]) > 0
+        assert row["ratios"] == [b / a for a, b in zip(row["usual"], row["this project"], strict=True)]
     assert only["matmul_tflops"] > 0 and min(only["peak_memory"].values()) > 2**26
 
 

@@ -53,8 +53,10 @@ def test_a_card_s_rows_are_the_cpu_s_in_every_digit(emulated_card: str, tmp_path
 def test_a_card_s_generation_decides_precision_and_compilation(
     emulated_card: str, capability: str, precision: str, compiled: bool
 ):
-    code = "import engine; m = engine.start(engine.Runtime()); print(m.device, m.precision, m.compile)"
-    done = python("-c", code, program=emulated_card, FAKE_CUDA_CAPABILITY=capability)
+    code = "from harness import cli, machine; m = machine.start_machine(cli.Runtime())"
+    done = python(
+        "-c", f"{code}; print(m.device, m.precision, m.compile)", program=emulated_card, FAKE_CUDA_CAPABILITY=capability
+    )
     assert done.stdout.split() == ["cuda:0", precision, str(compiled)], done.stderr
 
 
