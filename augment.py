@@ -94,9 +94,10 @@ class EpochDraws:
     own_share: Tensor  # float32 (n,) in [0, 1]: share of the sample's own image when mixed; 1 = unmixed
     colour_orders: list[tuple[int, int, int, int]]  # one per batch, known to the host; see COLOUR_ORDERS
 
-    def to(self, device: torch.device | str) -> "EpochDraws":
-        """The same draws with their tensors on `device`."""
-        return EpochDraws(*(x.to(device) for x in (self.order, self.uniforms, self.own_share)), self.colour_orders)
+    def to(self, device: torch.device | str, images: torch.device | str | None = None) -> "EpochDraws":
+        """The same draws for use on `device`; the order goes to where the `images` are, if that is elsewhere."""
+        tensors = (self.order.to(images or device), self.uniforms.to(device), self.own_share.to(device))
+        return EpochDraws(*tensors, self.colour_orders)
 
 
 class ViewParameters(NamedTuple):
@@ -344,6 +345,15 @@ def mix(
     return torch.lerp(x.roll(1, 0), x, own), labels.roll(1), own.mean(dim=(1, 2, 3))
 
 
+class Samples(NamedTuple):
+    """B drawn samples of an epoch: images uint8 (B, 3, H, W), labels int64 (B,), and their random numbers."""
+
+    images: Tensor
+    labels: Tensor
+    uniforms: Tensor
+    own_share: Tensor
+
+
 class Batch(NamedTuple):
     """What a training step takes: normalised views and what they show, each possibly mixed from two images."""
 
@@ -353,16 +363,32 @@ class Batch(NamedTuple):
     own_share: Tensor  # float32 (B,) in [0, 1]: how much of the view is the label's
 
 
+def take_samples(images: Tensor, labels: Tensor, draws: EpochDraws, rows: slice) -> Samples:
+    """The samples `rows` of an epoch's draws, on the draws' device, of uint8 images (N, 3, H, W) and labels (N,)."""
+    index, uniforms = draws.order[rows], draws.uniforms[rows]
+    device = uniforms.device  # the images may have stayed on the host
+    pixels, labels = (x.index_select(0, index).to(device, non_blocking=True) for x in (images, labels))
+    return Samples(pixels, labels, uniforms, draws.own_share[rows])
+
+
+def batch_of(
+    images: Tensor,
+    labels: Tensor,
+    uniforms: Tensor,
+    own_share: Tensor,
+    colour_order: Sequence[int],
+    size: int,
+    options: ViewOptions,
+) -> Batch:
+    """Samples as a batch of views of `size` px: seen at random, normalised, erased and mixed, in this order."""
+    x = augment(images, uniforms, colour_order, size, options)
+    x = erase(normalise(x, inplace=True), uniforms, options)
+    x, other_labels, own_share = mix(x, labels, own_share, uniforms, options)
+    return Batch(x, labels, other_labels, own_share)
+
+
 def make_batch(
     images: Tensor, labels: Tensor, draws: EpochDraws, step: int, rows: slice, size: int, options: ViewOptions
 ) -> Batch:
-    """The samples `rows` of an epoch's draws, which belong to its step `step`, as a batch of `size` px.
-
-    All of uint8 images (N, 3, H, W), labels int64 (N,) and the draws lie on one device.
-    """
-    index, uniforms = draws.order[rows], draws.uniforms[rows]
-    x = augment(images.index_select(0, index), uniforms, draws.colour_orders[step], size, options)
-    x = erase(normalise(x, inplace=True), uniforms, options)
-    labels = labels[index]
-    x, other_labels, own_share = mix(x, labels, draws.own_share[rows], uniforms, options)
-    return Batch(x, labels, other_labels, own_share)
+    """The samples `rows` of an epoch's draws, which belong to its step `step`, as a batch of `size` px."""
+    return batch_of(*take_samples(images, labels, draws, rows), draws.colour_orders[step], size, options)

@@ -215,7 +215,8 @@ def text(point: dict[str, Any]) -> str:
     reached = {side: f"{tflops:.3g} ({tflops / product:.0%})" for side, tflops in point["step_tflops"].items()}
     return "\n".join(f"| {line} |" for line in lines) + (
         f"\n\nTFLOP/s of the step: usual {reached['usual']}, this project {reached['this project']}; "
-        f"of a matrix product in this precision: {product:.3g}. Peak memory: {memory['usual']} and {memory['this project']} GiB. "
+        f"of a matrix product in this precision: {product:.3g}. "
+        f"Peak memory: {memory['usual']} and {memory['this project']} GiB. "
         f"Steps to settle: {point['steps_to_settle']['usual']} and {point['steps_to_settle']['this project']}."
     )
 

@@ -63,15 +63,24 @@ class Muon(torch.optim.SGD):
                     self._turn(filters, group["lr"], group["momentum"])
         super().step()
 
-    def _turn(self, filters: Tensor, lr: float, decay: float) -> None:
+    def _turn(self, filters: Tensor, lr: float | Tensor, decay: float) -> None:
         if filters.grad is None:
             return
         state = self.state[filters]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(filters)
-        momentum = state["momentum_buffer"].mul_(decay).add_(filters.grad)
-        direction = orthogonalise((filters.grad + decay * momentum).flatten(1), self.precision).view_as(filters)
-        filters.mul_(len(filters) ** 0.5 / filters.norm()).sub_(direction, alpha=lr)
+        scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        before = (filters.clone(), state["momentum_buffer"].clone()) if overflow is not None else ()
+        grad = filters.grad if scale is None else filters.grad.div_(scale)
+        momentum = state["momentum_buffer"].mul_(decay).add_(grad)
+        direction = orthogonalise((grad + decay * momentum).flatten(1), self.precision).view_as(filters)
+        filters.mul_(len(filters) ** 0.5 / filters.norm())
+        if isinstance(lr, Tensor):  # on the device, so that a captured step reads its present value
+            filters.sub_(direction * lr)
+        else:
+            filters.sub_(direction, alpha=lr)
+        for value, old in zip((filters, momentum), before, strict=False):  # GradScaler's overflow: nothing is learnt
+            value.copy_(torch.where(overflow > 0, old, value))
         filters.grad = None  # done: SGD's step passes over it
 
 
@@ -92,6 +101,24 @@ def orthogonalise(matrix: Tensor, precision: torch.dtype = torch.float32) -> Ten
         turn, square = step @ turn, step @ square @ step
     x = (turn @ x).float()
     return x.T if tall else x
+
+
+def rates_on_device(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Keep the learning rates on the device, where a captured step reads them and a schedule changes them."""
+    for group in optimizer.param_groups:
+        group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
+        if "capturable" in group:
+            group["capturable"] = True
+
+
+def portable_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimiser's state with its rates as numbers, as any machine can take it up."""
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group["lr"] = float(group["lr"])
+        if "capturable" in group:
+            group["capturable"] = False
+    return state
 
 
 class RunningAverage:

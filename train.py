@@ -25,11 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from augment import Batch, EpochDraws, draw_epoch, make_batch
+from augment import Batch, EpochDraws, batch_of, draw_epoch, take_samples
 from data import DataSet
 from harness import checkpoint, distributed, scoring
 from harness.channel_padding import with_padded_channels
 from harness.cli import Runtime, default_run_folder, parse_train, train_parser
+from harness.compiled import CompiledForm
+from harness.graphs import Graphs
 from harness.images import identity, load_images
 from harness.interrupt import Interrupt, Stopped
 from harness.machine import Machine, start_machine
@@ -37,7 +39,7 @@ from harness.metrics import hits_and_loss
 from harness.progress import Progress
 from harness.run_folder import RunFolder
 from losses import LabelSmoothingLoss
-from optim import RunningAverage, build_optimizer
+from optim import RunningAverage, build_optimizer, portable_state, rates_on_device
 from recipes import Recipe, Stage, build_network
 from scheduler import DecayingCosineWarmRestarts
 
@@ -76,7 +78,7 @@ def fit(
     begin_or_continue(trainer, run, len(train), runtime)
     interrupt.listen()
     try:
-        with interrupt.before_peer_loss():
+        with interrupt.before_peer_loss(), errors.memory_reported(run.what_needs_memory):
             train_stages(trainer, run, dataset, train, val, interrupt)
     except Stopped as stop:
         reason, status = stop.args
@@ -118,7 +120,8 @@ def train_stages(
 ) -> None:
     """The two-stage loop, for the original 300 epochs at 70 px and 140 at 120 px. Raises Stopped to end early."""
     recipe, machine = trainer.recipe, trainer.machine
-    images, labels, val = (tensor.to(machine.device) for tensor in (dataset.images, dataset.labels, val))
+    images = machine.hold(dataset.images)
+    labels, val = dataset.labels.to(images.device), val.to(images.device)
     progress = Progress(machine, recipe, trainer.net, len(train), len(dataset.classes))
     while run.epochs_done < recipe.epochs:
         began = time.monotonic()
@@ -128,7 +131,8 @@ def train_stages(
         if epoch == 0:
             trainer.begin_stage(stage, len(train))
         seed = (recipe.seed, stage_index, epoch)
-        draws = draw_epoch(train, recipe.views_per_image, stage.batch, recipe.augmentation, seed).to(machine.device)
+        draws = draw_epoch(train, recipe.views_per_image, stage.batch, recipe.augmentation, seed)
+        draws = draws.to(machine.device, images.device)
         if epoch == 0:
             run.draw_views(stage_index, images, labels, draws, size)
         rate = trainer.learning_rate
@@ -179,14 +183,12 @@ class Trainer:
             torch.manual_seed(recipe.seed)
             self.net = build_network(recipe, classes)
         self.net.to(machine.device, memory_format=torch.channels_last)
-        if machine.compile:
-            step_model = machine.compiled(self.net)
-        elif machine.device.type == "cpu":
-            step_model = with_padded_channels(self.net, recipe, classes)
-        else:
-            step_model = self.net
-        self.step_model = distributed.parallel(step_model)  # shares its weights with `net`
+        plain = machine.compile or machine.device.type != "cpu"
+        self.form = CompiledForm(self.net if plain else with_padded_channels(self.net, recipe, classes), machine)
+        self.step_model = distributed.parallel(self.form)  # its weights are those of `net`
+        self.graphs = Graphs(machine)
         self.loss = LabelSmoothingLoss(classes, recipe.label_smoothing, reduction="none")
+        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision is torch.float16)
         self.average: RunningAverage | None = None
         self.optimizer: torch.optim.Optimizer
         self.schedule: LRScheduler
@@ -199,7 +201,7 @@ class Trainer:
     @property
     def learning_rate(self) -> float:
         """The rate of the next step, of all but Muon's filters."""
-        return self.optimizer.param_groups[0]["lr"]
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def begin_stage(self, stage: Stage, images: int) -> None:
         """Start a stage over `images` training images: the weights stay; optimiser, schedule and average are new."""
@@ -214,6 +216,13 @@ class Trainer:
             self.schedule = LambdaLR(self.optimizer, lambda step: recipe.learning_rate(stage, step / steps) / stage.lr)
         if recipe.average:
             self.average = RunningAverage(self.net, recipe.average, recipe.average_warmup)
+        self._capture_anew()
+
+    def _capture_anew(self) -> None:
+        """Make ready for capturing the step: with the optimiser's state in another place, graphs are stale."""
+        self.graphs.forget()
+        if self.graphs.enabled:
+            rates_on_device(self.optimizer, self.machine.device)
 
     def train_epoch(
         self, images: Tensor, labels: Tensor, draws: EpochDraws, stage: Stage, size: int, tick: Callable[[], None]
@@ -229,8 +238,9 @@ class Trainer:
         losses = torch.zeros(steps, device=images.device)
         hits = torch.zeros((), dtype=torch.int64, device=images.device)
         for step in range(steps):
-            rows = self.machine.share_of_batch(step, stage.batch)
-            batch = make_batch(images, labels, draws, step, rows, size, self.recipe.augmentation)
+            samples = take_samples(images, labels, draws, self.machine.share_of_batch(step, stage.batch))
+            order, options = draws.colour_orders[step], self.recipe.augmentation
+            batch = self.graphs.run(batch_of, samples, order, size, options, warm=1)
             losses[step], right = self.step(batch)
             hits += right
             tick()
@@ -239,24 +249,34 @@ class Trainer:
         return self._result(losses, hits, steps * stage.batch)
 
     def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Learn from one batch: network, loss, backward pass, update. Mean loss and right answers, on the device."""
-        with self.machine.autocast():
-            logits = self.step_model(batch.x.contiguous(memory_format=torch.channels_last))
-        logits = logits.float()
-        loss, labels = self.loss(logits, batch.labels), batch.labels
-        if self.recipe.augmentation.mixes:
-            share = batch.own_share
-            loss = share * loss + (1 - share) * self.loss(logits, batch.other_labels)
-            labels = torch.where(share >= 0.5, labels, batch.other_labels)
-        loss = loss.mean()
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        """Learn from one batch; mean loss and number of right answers, on the device."""
+        loss, right = self.graphs.run(self.learn, batch)
         if self.recipe.schedule == "cosine":
             self.schedule.step()
         if self.average is not None:
             self.average.update()
-        return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+        return loss, right
+
+    def learn(self, x: Tensor, labels: Tensor, other_labels: Tensor, own_share: Tensor) -> tuple[Tensor, Tensor]:
+        """Forward pass, loss, backward pass, update: of normalised views (B, 3, s, s) and the fields of a `Batch`."""
+
+        def forward_and_backward() -> tuple[Tensor, Tensor]:
+            with self.machine.autocast():
+                logits = self.step_model(x.contiguous(memory_format=torch.channels_last))
+            logits, shown = logits.float(), labels
+            loss = self.loss(logits, labels)
+            if self.recipe.augmentation.mixes:
+                loss = own_share * loss + (1 - own_share) * self.loss(logits, other_labels)
+                shown = torch.where(own_share >= 0.5, labels, other_labels)
+            loss = loss.mean()
+            self.scaler.scale(loss).backward()
+            return loss.detach(), (logits.detach().argmax(1) == shown).sum()
+
+        loss, right = self.form.attempt(forward_and_backward, x.shape[-1])
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return loss, right
 
     def _result(self, losses: Tensor, hits: Tensor, samples: int) -> EpochResult:
         """Fetch an epoch's figures from the device, all at once, and put those of all processes together."""
@@ -278,10 +298,9 @@ class Trainer:
         """
         if not len(val) or not self.machine.leads:
             return None, None
-        logits = scoring.logits(
-            self.eval_model, images[val], size, mirror=self.recipe.mirror, precision=self.machine.precision
-        )
-        hits, loss = hits_and_loss(logits, labels[val])
+        device, how = self.machine.device, {"mirror": self.recipe.mirror, "precision": self.machine.precision}
+        logits = scoring.logits(self.eval_model, images[val].to(device), size, **how)
+        hits, loss = hits_and_loss(logits, labels[val].to(device))
         return loss.item(), hits.item() / len(val)
 
     def state(self) -> dict[str, Any]:
@@ -290,8 +309,9 @@ class Trainer:
             "model": self.net.state_dict(),
             "average": None if self.average is None else self.average.net.state_dict(),
             "averaged": 0 if self.average is None else self.average.updates,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": portable_state(self.optimizer),
             "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -302,6 +322,9 @@ class Trainer:
             self.average.updates = state["averaged"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        if state.get("scaler") and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        self._capture_anew()
 
 
 if __name__ == "__main__":

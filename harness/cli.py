@@ -28,9 +28,11 @@ class Runtime:
     device: str = option("cpu, cuda, cuda:1 …; auto takes CUDA where there is any", "auto")
     threads: int = option("CPU threads; 0 leaves the choice to PyTorch", 0, low=0, high=1024)
     precision: str = option(
-        "arithmetic of the network; auto: bf16 where the hardware has it", "auto", choices=("auto", "bf16", "fp32")
+        "arithmetic of the network; auto: bf16 where the hardware has it, fp16 on older GPUs with tensor cores",
+        "auto",
+        choices=("auto", "bf16", "fp16", "fp32"),
     )
-    compile: bool | None = option("compile the training step (default: on CUDA)", None)
+    compile: bool | None = option("compile the training step, and capture it on CUDA (default: on CUDA)", None)
     deterministic: bool = option("the same bits again on CUDA, at some cost in speed (a CPU needs no flag)", False)
     max_minutes: float = option("stop at the last epoch end within this time; 0 is no limit", 0.0, low=0.0, high=1e6)
     overwrite: bool = option("start anew in a run folder that holds a run", False)

@@ -17,8 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from harness.errors import RunError
 
+TIMEOUT = timedelta(minutes=5)  # for gradients: only a process that hangs needs as long
 # Followers wait for as long as the leader fetches data, or validates and writes. One that has ended is noticed at once.
-TIMEOUT = timedelta(minutes=30)
+PATIENCE = timedelta(minutes=30)
+_decisions: dist.ProcessGroup | None = None  # of all processes, by gloo
 
 
 class PeerLost(RunError):
@@ -42,8 +44,13 @@ def join(device: torch.device) -> None:
     rank, world, _ = rank_and_world()
     if world == 1 or dist.is_initialized():
         return
+    global _decisions
     with peer_loss_reported():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        if device.type == "cuda":
+            dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+        else:
+            dist.init_process_group("gloo", timeout=TIMEOUT)
+        _decisions = dist.new_group(backend="gloo", timeout=PATIENCE)
     if rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
@@ -66,7 +73,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     """The sum over the processes of a CPU tensor of one shape and dtype, which is overwritten. Raises PeerLost."""
     if dist.is_initialized():
         with peer_loss_reported():
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=_decisions)
     return values
 
 
@@ -76,7 +83,7 @@ def max_over_ranks(value: int) -> int:
         return value
     values = torch.tensor(int(value))
     with peer_loss_reported():
-        dist.all_reduce(values, dist.ReduceOp.MAX)
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=_decisions)
     return int(values)
 
 

@@ -44,6 +44,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError | ImportError) and any(word in str(error).lower() for word in MEMORY_WORDS)
 
 
+@contextlib.contextmanager
+def memory_reported(what: Callable[[], str]) -> Iterator[None]:
+    """Raise RunError, which says what there is not enough memory for, if the block runs out of it."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunError(f"not enough memory for {what()}") from error
+
+
 def before_imports() -> None:
     """Prepare a command's process for its heavy imports, which take seconds: to be called before them.
 

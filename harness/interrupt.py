@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 from harness import distributed
 
 STOPPED_BY_TIME = 3  # exit status
+ECHO = 3.0  # seconds in which torchrun passes on what a terminal has sent to all processes already
 
 
 class Stopped(Exception):
@@ -23,7 +25,7 @@ class Interrupt:
     """
 
     def __init__(self, max_minutes: float, world: int) -> None:
-        self.max_minutes, self.world, self.received = max_minutes, world, 0
+        self.max_minutes, self.world, self.received, self._came = max_minutes, world, 0, math.inf
         self.deadline = time.monotonic() + (max_minutes * 60 or math.inf)
 
     def listen(self) -> None:
@@ -32,11 +34,12 @@ class Interrupt:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _: Any) -> None:
-        self.received = number
-        # torchrun passes on what a terminal has sent to all processes already, and ends a process that takes long
-        again = signal.SIG_DFL if self.world == 1 else signal.SIG_IGN
-        for either in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(either, again)
+        now = time.monotonic()
+        if not self.received:
+            self.received, self._came = number, now
+        elif self.world == 1 or now > self._came + ECHO:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def stop_if_signalled(self) -> None:
         """Raise Stopped if a signal has come."""

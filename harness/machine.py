@@ -1,4 +1,4 @@
-"""The machine: device, precision, threads, memory, and whether steps are compiled."""
+"""The machine: device, precision, threads, memory, and whether steps are compiled and captured."""
 
 import contextlib
 import ctypes
@@ -7,32 +7,41 @@ import os
 import platform
 import shutil
 import sys
-from dataclasses import dataclass
+import sysconfig
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from harness import distributed
 from harness.cli import Runtime
-from harness.errors import RunError
+from harness.errors import RunError, is_out_of_memory, reason
 
-PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+TENSOR_CORES = (7, 0)  # the first capability that multiplies fp16 several times faster than fp32
+TRITON = (7, 0)  # the first capability that Triton compiles for
+IMAGES_SHARE = 0.5  # of the device's free memory that images may take
 LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # PyTorch reads it at a process's first tensor
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A device that has been set up, the precision used on it, and whether steps are compiled.
+    """A device that has been set up, the precision used on it, whether steps are compiled, and captured as graphs.
 
-    Of `world` processes that train together this is number `rank`; number 0 leads.
+    Of `world` processes that train together this is number `rank`; number 0 leads. `notes` say what is other than
+    planned, a sentence each.
     """
 
     device: torch.device
     precision: torch.dtype
     compile: bool
+    graphs: bool = False
     rank: int = 0
     world: int = 1
+    notes: list[str] = field(default_factory=list, compare=False)
 
     def __str__(self) -> str:
         return f"{self.name}, {PRECISIONS[self.precision]}"
@@ -52,8 +61,16 @@ class Machine:
             "threads": torch.get_num_threads(),
             "precision": PRECISIONS[self.precision],
             "compile": self.compile,
+            "graphs": self.graphs,
             "processes": self.world,
+            "notes": list(self.notes),
         }
+
+    def note(self, sentence: str) -> None:
+        """Print what is other than planned, and keep it for `config.json` and `summary.json`."""
+        if self.leads and sentence not in self.notes:
+            self.notes.append(sentence)
+            print(f"note: {sentence}", flush=True)
 
     @property
     def leads(self) -> bool:
@@ -68,35 +85,42 @@ class Machine:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context in which the network runs forward."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision is torch.bfloat16)
+        return autocast(self.device, self.precision)
 
-    def compiled(self, net: nn.Module) -> nn.Module:
-        """A compiled form of `net` for training steps, which shares its weights.
+    def hold(self, images: Tensor) -> Tensor:
+        """The images on the device, or where they would take too much of its memory on the host."""
+        if self.device.type != "cuda":
+            return images
+        free, _ = torch.cuda.mem_get_info(self.device)
+        if images.nbytes <= IMAGES_SHARE * free:
+            return images.to(self.device)
+        self.note(
+            f"the images ({images.nbytes / 2**20:,.0f} MiB) stay in the host's memory and are fetched batch by batch: "
+            f"the GPU has {free / 2**20:,.0f} MiB free"
+        )
+        return images.pin_memory()
 
-        `net` stays as it was, eager and with its own state_dict: scoring, copies and checkpoints see no difference.
-        """
-        torch._dynamo.config.recompile_limit = 64  # one graph per crop size
-        # On CUDA a step is hundreds of kernels of a few microseconds: only captured graphs launch them in time.
-        return torch.compile(net, dynamic=False, mode="reduce-overhead" if self.device.type == "cuda" else None)
+
+def autocast(device: torch.device, precision: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """The context in which a network calculates in `precision`; None is float32."""
+    low = precision not in (None, torch.float32)
+    return torch.autocast(device.type, dtype=precision if low else None, enabled=low)
 
 
 def start_machine(runtime: Runtime) -> Machine:
     """Choose and set up the device; under torchrun, meet the other processes.
 
-    Raises RunError if the device is not there, or another process.
+    Raises RunError if the device is not there or cannot be used, or if another process is not there.
     """
     rank, world, local_rank = distributed.rank_and_world()
     device = choose_device(runtime.device)
     if world > 1 and device.type == "cuda":
         device = choose_device(f"cuda:{local_rank}")
-    native = _has_native_bf16(device)
-    if runtime.precision == "bf16" and device.type == "cuda" and not native:
-        raise RunError(f"{runtime.device} has no bf16 arithmetic; use --precision fp32")
-    bf16 = runtime.precision == "bf16" or (runtime.precision == "auto" and native)
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        _try_kernel(device)
         torch.backends.cudnn.benchmark = not runtime.deterministic  # sizes are static: the search pays at once
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 was asked for
         torch.backends.cudnn.allow_tf32 = True
@@ -105,11 +129,19 @@ def start_machine(runtime: Runtime) -> Machine:
     if runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    if runtime.compile and not _can_compile(device):
-        raise RunError("--compile needs a C++ compiler and, on CUDA, Triton; install them or leave the flag out")
-    compile = device.type == "cuda" and _can_compile(device) if runtime.compile is None else runtime.compile
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads any; it doubles the launches
+    precision = _precision(device, runtime.precision)
+    obstacle = _obstacle_to_compiling(device)
+    if runtime.compile and obstacle:
+        raise RunError(f"--compile: {obstacle}; leave the flag out")
+    wanted = device.type == "cuda" if runtime.compile is None else runtime.compile
     distributed.join(device)
-    return Machine(device, torch.bfloat16 if bf16 else torch.float32, compile, rank, world)
+    # DistributedDataParallel's buckets wait for other processes, which a captured graph cannot
+    graphs = device.type == "cuda" and wanted and world == 1
+    machine = Machine(device, precision, wanted and not obstacle, graphs, rank, world)
+    if wanted and obstacle:
+        machine.note(f"the step is not compiled, which is slower: {obstacle}")
+    return machine
 
 
 def choose_device(name: str) -> torch.device:
@@ -118,16 +150,67 @@ def choose_device(name: str) -> torch.device:
     Raises RunError if there is no such device.
     """
     if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        return torch.device("cuda", 0) if _cuda_is_usable() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
         raise RunError(f"--device {name!r} is no device; use cpu, cuda or cuda:1") from None
     if device.type not in ("cpu", "cuda"):
         raise RunError(f"--device {name} is not supported; use cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cpu":
+        return device
+    if (device.index or 0) >= torch.cuda.device_count():
         raise RunError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; use --device cpu")
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+    return torch.device("cuda", device.index or 0)
+
+
+def _cuda_is_usable() -> bool:
+    """Whether PyTorch finds a CUDA device. Says on stderr why not where a GPU's driver is there all the same."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        usable = torch.cuda.is_available()
+    if not usable and (caught or Path("/proc/driver/nvidia/version").exists()):
+        why = reason(caught[0].message) if caught else "this PyTorch was built without CUDA, or sees no device"
+        print(
+            f"warning: there is an NVIDIA driver, but PyTorch cannot use it, so the CPU trains: {why}", file=sys.stderr
+        )
+    return usable
+
+
+def _try_kernel(device: torch.device) -> None:
+    """Raise RunError if the device cannot run this PyTorch's kernels."""
+    major, minor = torch.cuda.get_device_capability(device)
+    built_for = [name.split("_") for name in torch.cuda.get_arch_list()]
+    capabilities = [(kind, int(n.rstrip("af")[:-1]), int(n.rstrip("af")[-1])) for kind, n in built_for]
+    runs = any(
+        (kind == "sm" and its_major == major and its_minor <= minor)
+        or (kind == "compute" and (its_major, its_minor) <= (major, minor))
+        for kind, its_major, its_minor in capabilities
+    )
+    name = torch.cuda.get_device_name(device)
+    why = f"PyTorch {torch.__version__} has no kernels for a card of capability {major}.{minor}"
+    try:
+        if runs or not capabilities:
+            (torch.ones(1, device=device) + 1).item()
+            return
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise RunError(f"{name} has no free memory: end what else runs on it, or use --device cpu") from error
+        why = reason(error)
+    raise RunError(f"{name} cannot be used: {why}; install an older PyTorch that has them, or use --device cpu")
+
+
+def _precision(device: torch.device, wanted: str) -> torch.dtype:
+    """The precision of that name; `auto` takes bf16 where the device has it, else fp16 where that pays, else fp32."""
+    native = _has_native_bf16(device)
+    if wanted == "bf16" and device.type == "cuda" and not native:
+        raise RunError(f"{torch.cuda.get_device_name(device)} has no bf16 arithmetic; use --precision fp16 or fp32")
+    if wanted != "auto":
+        return next(precision for precision, name in PRECISIONS.items() if name == wanted)
+    if native:
+        return torch.bfloat16
+    tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= TENSOR_CORES
+    return torch.float16 if tensor_cores else torch.float32
 
 
 def _has_native_bf16(device: torch.device) -> bool:
@@ -136,12 +219,20 @@ def _has_native_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def _can_compile(device: torch.device) -> bool:
-    """Whether torch.compile finds what it needs: on CUDA that is Triton, a GPU it supports and a C compiler."""
+def _obstacle_to_compiling(device: torch.device) -> str:
+    """What torch.compile lacks here, as a sentence with the way out; empty if nothing."""
     if device.type == "cpu":
-        return any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))
-    has_triton = importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0)
-    return has_triton and any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang")))
+        compilers = (os.environ.get("CXX", "g++"), "g++", "clang++")
+        return "" if any(map(shutil.which, compilers)) else "it needs a C++ compiler: install g++"
+    if torch.cuda.get_device_capability(device) < TRITON:
+        return "Triton compiles for no card below capability 7.0"
+    if importlib.util.find_spec("triton") is None:
+        return "it needs Triton: pip install triton (on Windows: triton-windows)"
+    if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang"))):
+        return "Triton needs a C compiler: install gcc"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        return "Triton needs Python's header files: install python3-dev"
+    return ""
 
 
 def _keep_memory() -> None:

@@ -17,7 +17,7 @@ from recipes import CPU, Recipe, build_network
 
 COLD_STEPS = 5  # of an epoch: compilation, captured graphs, fresh memory
 WARM_STEPS = 10  # after them, which are timed
-LONG = 4 * 3600.0  # seconds
+SOON, LONG = 60.0, 4 * 3600.0  # seconds
 
 
 class Progress:
@@ -60,7 +60,8 @@ class Progress:
                     cold = time.perf_counter() - began
                 if clock.step_seconds and self._forecast_of != stage_index and self.machine.leads:
                     self._forecast_of = stage_index
-                    tqdm.write(self.forecast(epochs_done, stage.batch / clock.step_seconds))
+                    if forecast := self.forecast(epochs_done, stage.batch / clock.step_seconds):
+                        tqdm.write(forecast)
 
             yield tick
         seconds = time.perf_counter() - began
@@ -69,7 +70,10 @@ class Progress:
         self.samples_per_second = steps * stage.batch / max(seconds - self.cold_seconds, 1e-9)
 
     def forecast(self, epochs_done: int, rate: float) -> str:
-        """When stage and run will end, by the samples per second of the epoch after `epochs_done` finished ones."""
+        """When stage and run will end, by the samples per second of the epoch after `epochs_done` finished ones.
+
+        Empty for a run that ends soon.
+        """
         recipe, machine = self.recipe, self.machine
         modelled = cost.modelled_rates(machine, recipe, self.net)
         speed = rate / modelled[recipe.crop_size_at(epochs_done)]
@@ -79,6 +83,8 @@ class Progress:
         stage, run = (
             cost.seconds_at_rates(recipe, self.images, rates, epochs_done, end) for end in (last, recipe.epochs)
         )
+        if run < SOON:
+            return ""
         words = f"{rate:,.0f} samples/s: stage {stage_index + 1} ends {_clock_time(stage)}"
         words += f", the run {_clock_time(run)} (in {duration(run)})" if run > stage else f" (in {duration(stage)})"
         if machine.device.type == "cpu" and run > LONG and recipe.name != CPU.name:

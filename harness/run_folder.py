@@ -102,6 +102,9 @@ class RunFolder:
             except checkpoint.MISMATCH_ERRORS as error:
                 raise RunError(f"{self.folder / 'last.pt'} is no state of a run; --overwrite starts anew") from error
             self._write_derived(state)
+            was, now = state.get("precision"), self.machine.as_dict()["precision"]
+            if was not in (None, now) and self.epochs_done < self.recipe.epochs:
+                self.machine.note(f"the run has been trained in {was} so far, and goes on in {now}")
         return state
 
     def _remove(self, patterns: Iterable[str]) -> None:
@@ -167,6 +170,15 @@ class RunFolder:
             f"{what} of epoch {self.epochs_done + 1} is not a finite number, so the run has stopped. {way_out}"
         )
 
+    def what_needs_memory(self) -> str:
+        """The epoch in flight, as the end of a sentence about memory, with the way out."""
+        stage_index, epoch = self.recipe.stage_and_epoch(min(self.epochs_done, self.recipe.epochs - 1))
+        stage = self.recipe.stages[stage_index]
+        return (
+            f"epoch {self.epochs_done + 1}: batches of {stage.batch} views of {stage.crop_size_at(epoch)} px, "
+            f"scored at {stage.eval_size} px; give a smaller --batch, --crop-size or --eval-size"
+        )
+
     def commit(self, row: dict[str, Any], learnt: dict[str, Any]) -> None:
         """Save an epoch's row and the trainer's state, whole or not at all; then print the row and draw the plots."""
         self.rows.append(row)
@@ -179,6 +191,7 @@ class RunFolder:
             "images": self.images,
             "eval_size": self.recipe.stages[row["stage"] - 1].eval_size,
             "epoch": row["epoch"],
+            "precision": self.machine.as_dict()["precision"],
             "rows": self.rows,
             **learnt,
         }

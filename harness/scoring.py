@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from augment import ViewOptions, draw_epoch, make_batch, normalise
+from harness.machine import autocast
 
 ORIGINAL_VIEWS = 20  # of each validation image, see `original_logits`
 CROPS = "the whole image and five crops of 7/8 of its side (corners and centre)"
@@ -49,16 +50,11 @@ def logits(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with _autocast(images.device, precision):
+        with autocast(images.device, precision):
             return torch.cat([_score(model, part, size, mirror) for part in images.split(batch)])
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _autocast(device: torch.device, precision: torch.dtype | None) -> torch.autocast:
-    low = precision not in (None, torch.float32)
-    return torch.autocast(device.type, dtype=precision if low else None, enabled=low)
 
 
 def _score(model: nn.Module, images: Tensor, size: int, mirror: bool) -> Tensor:
@@ -110,7 +106,7 @@ def original_logits(
     for step in range(steps):
         rows = slice(step * batch, (step + 1) * batch)
         x = make_batch(images, index, draws, step, rows, size, options).x
-        with _autocast(images.device, precision):
+        with autocast(images.device, precision):
             scores.append(model(x.contiguous(memory_format=torch.channels_last)).float())
         tick(batch)
     return torch.cat(scores), draws.order[: steps * batch]

@@ -1,0 +1,54 @@
+"""A network in the form that training steps take: compiled, or eager if compiling fails."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from harness.errors import RunError, is_out_of_memory, reason
+from harness.machine import Machine
+
+Result = TypeVar("Result")
+
+
+class CompiledForm(nn.Module):
+    """`net`, compiled if the machine compiles; its weights are the net's.
+
+    `net` stays as it was, eager and with its own state_dict: scoring, copies and checkpoints see no difference.
+    """
+
+    def __init__(self, net: nn.Module, machine: Machine) -> None:
+        super().__init__()
+        self.net, self.machine = net, machine
+        self._compiled: Callable[[Tensor], Tensor] | None = None
+        self._proved: set[int] = set()  # sizes in px
+        if machine.compile:
+            torch._dynamo.config.recompile_limit = 64  # one graph per crop size
+            self._compiled = torch.compile(net, dynamic=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, K) of normalised images (N, 3, H, W)."""
+        return self.net(x) if self._compiled is None else self._compiled(x)
+
+    def attempt(self, step: Callable[[], Result], size: int) -> Result:
+        """Run `step`, a forward and a backward pass of this; if compiling for `size` px fails, run it again without.
+
+        Until then a step has changed nothing but running statistics and gradients: the former are put back.
+        """
+        if self._compiled is None or size in self._proved:
+            return step()
+        kept = [buffer.clone() for buffer in self.net.buffers()]
+        try:
+            result = step()
+        except Exception as error:  # Inductor, Triton and their compilers raise anything
+            if is_out_of_memory(error) or isinstance(error, RunError):
+                raise
+            self._compiled = None
+            for buffer, value in zip(self.net.buffers(), kept, strict=True):
+                buffer.copy_(value)
+            self.net.zero_grad()
+            self.machine.note(f"compiling the step failed, so it goes on uncompiled, slower: {reason(error)}")
+            return step()
+        self._proved.add(size)
+        return result

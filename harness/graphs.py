@@ -1,0 +1,76 @@
+"""CUDA graphs: what a step launches is recorded once and then launched as one.
+
+On a GPU a step is hundreds of kernels of a few microseconds, and Python needs longer to launch each than it takes to
+run. A graph launches all of them at once. It needs no compiler, so it helps where `torch.compile` cannot.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.errors import is_out_of_memory, reason
+from harness.machine import Machine
+
+WARM_CALLS = 3  # before a function is captured: kernels are compiled and chosen, optimisers make their states
+
+
+class Graphs:
+    """Runs functions of tensors on a machine, on CUDA as graphs; anywhere else it just calls them.
+
+    A function's effects on tensors that outlive the call (weights, optimiser states) are part of its graph, so these
+    must stay where they are: after anything that replaces them, `forget` the graphs. What a function returns is
+    overwritten by its next call. If capturing fails, which changes nothing, functions are called as elsewhere.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine, self.enabled = machine, machine.device.type == "cuda" and machine.graphs
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop all graphs, and with them their memory."""
+        self._graphs: dict[Hashable, _Graph] = {}
+        self._calls: dict[Hashable, int] = {}
+        self._pool: Any = None
+
+    def run(
+        self, function: Callable[..., Any], tensors: tuple[Tensor, ...], *constants: Hashable, warm: int = WARM_CALLS
+    ) -> Any:
+        """`function(*tensors, *constants)`: one graph for each function, shapes of the tensors, and constants."""
+        if not self.enabled:
+            return function(*tensors, *constants)
+        key = (function.__name__, constants, tuple(tensor.shape for tensor in tensors))
+        if key in self._graphs:
+            return self._graphs[key].replay(tensors)
+        self._calls[key] = self._calls.get(key, 0) + 1
+        if self._calls[key] <= warm:
+            return function(*tensors, *constants)
+        try:
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            self._graphs[key] = _Graph(function, tensors, constants, self._pool)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            self.enabled = False
+            self.forget()
+            self.machine.note(f"the step could not be captured as a CUDA graph ({reason(error)}): it is slower without")
+            return function(*tensors, *constants)
+        return self._graphs[key].replay(tensors)
+
+
+class _Graph:
+    """One captured call: `replay` copies its inputs to where the graph reads them, and gives what it computes."""
+
+    def __init__(self, function: Callable[..., Any], tensors: tuple[Tensor, ...], constants: tuple, pool: Any) -> None:
+        self.inputs = [tensor.clone() for tensor in tensors]
+        self.graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.outputs = function(*self.inputs, *constants)
+
+    def replay(self, tensors: tuple[Tensor, ...]) -> Any:
+        for mine, given in zip(self.inputs, tensors, strict=True):
+            mine.copy_(given, non_blocking=True)
+        self.graph.replay()
+        return self.outputs
