@@ -1,5 +1,6 @@
 """Random views: distributed as torchvision's, each image equally often, the same again from the same seed."""
 
+import hashlib
 from dataclasses import replace
 from itertools import permutations
 
@@ -122,3 +123,11 @@ def test_options_do_not_change_the_other_draws():
     )
     assert torch.equal(plain.order, mixed.order) and torch.equal(plain.uniforms, mixed.uniforms)
     assert plain.colour_orders == mixed.colour_orders and not torch.equal(plain.own_share, mixed.own_share)
+
+
+def test_draws_are_the_recorded_ones():
+    """Others would end every run begun before with other bits, and no recorded figure could be repeated."""
+    draws = draw_epoch(torch.arange(50), 2, 16, ViewOptions(cutmix=1.0, mix_probability=0.5), (1, 2, 3))
+    exact = draws.order.numpy().tobytes() + draws.uniforms.numpy().tobytes() + str(draws.colour_orders).encode()
+    assert hashlib.sha256(exact).hexdigest() == "de91ece8573ab9e90621fd5ac9a28992049cf86fb94a6b8a552e216f69858e5c"
+    assert draws.own_share[:5].tolist() == pytest.approx([0.3471295, 0.2115404, 0.5808199, 0.6937956, 1.0], abs=1e-6)
