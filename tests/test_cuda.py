@@ -1,26 +1,37 @@
-"""On a real GPU: `pytest -m cuda -s` (the last test prints a rate). Elsewhere each is skipped."""
+"""On a CUDA device: `pytest -m cuda -s` (the last test prints a rate). Elsewhere each is skipped.
 
+An emulated device calculates compiled steps with TRITON_INTERPRET=1 only, and has no speed worth printing.
+"""
+
+import copy
 import dataclasses
+import os
 import time
 
-import engine
 import pytest
-import scoring
 import torch
-from engine import Machine
-from learner import Trainer
-from settings import RECIPES, Recipe, Runtime, Stage
 
-import augment
+from augment import COLOUR_ORDERS, EpochDraws, augment, draw_epoch
+from harness import scoring
+from harness.cli import Runtime
+from harness.machine import Machine, start_machine
+from recipes import RECIPES, Recipe, Stage
+from train import Trainer
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
-SMALL = dataclasses.replace(RECIPES["cpu"], layers=(1, 1, 1), planes=(8, 16, 16), average=0.9)
+THERE = torch.cuda.is_available()
+EMULATED = THERE and torch.cuda.get_device_name().startswith("Fake")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not THERE, reason="needs a CUDA GPU")]
+uncompilable = pytest.mark.skipif(EMULATED and not INTERPRETED, reason="an emulated device needs TRITON_INTERPRET=1")
+eager_and_compiled = pytest.mark.parametrize("compile", [False, pytest.param(True, marks=uncompilable)])
+
+SMALL = {
+    name: dataclasses.replace(RECIPES[name], layers=(1, 1, 1), planes=planes, average=0.9)
+    for name, planes in (("original", (4, 4, 8)), ("cpu", (8, 16, 16)), ("cpu-long", (8, 16, 16)))
+}
 PLAIN = Machine(torch.device("cpu"), torch.float32, compile=False)
-IMAGES = 64
-STAGE = Stage(epochs=4, crop_size=(48,), eval_size=48, batch=16, lr=0.05)
+IMAGES = 16
+BATCH = 4
 
 
 @pytest.fixture(autouse=True)
@@ -36,32 +47,43 @@ def full_precision():
 
 
 def gpu(precision: torch.dtype = torch.float32, compile: bool = False) -> Machine:
-    return Machine(torch.device("cuda"), precision, compile)
+    return Machine(torch.device("cuda", 0), precision, compile)
 
 
-def pictures(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def pictures(device: torch.device, count: int = IMAGES) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(IMAGES, 3, 12, 12, generator=generator).repeat_interleave(8, 2).repeat_interleave(8, 3)
-    return (images * 255).byte().to(device), (torch.arange(IMAGES) % 10).to(device)
+    images = torch.rand(count, 3, 12, 12, generator=generator).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    return (images * 255).byte().to(device), (torch.arange(count) % 10).to(device)
 
 
-def draws(machine: Machine, recipe: Recipe, epoch: int = 0) -> augment.EpochDraws:
-    return augment.draw_epoch(torch.arange(IMAGES), 1, STAGE.batch, recipe.augmentation, (0, 0, epoch)).to(
-        machine.device
-    )
+def stage_of(recipe: Recipe) -> Stage:
+    rate = 1e-3 if recipe.optimizer == "adam" else 0.05
+    return Stage(epochs=4, crop_size=(32,), eval_size=32, batch=BATCH, lr=rate)
 
 
-def losses(machine: Machine, recipe: Recipe = SMALL, epochs: int = 2) -> torch.Tensor:
+def draw(machine: Machine, recipe: Recipe, epoch: int = 0) -> EpochDraws:
+    draws = draw_epoch(torch.arange(IMAGES), 1, BATCH, recipe.augmentation, (0, 0, epoch))
+    return draws.to(machine.device)
+
+
+def train_epoch(trainer: Trainer, epoch: int) -> torch.Tensor:
+    """The losses of an epoch of four steps."""
+    images, labels = pictures(trainer.machine.device)
+    draws = draw(trainer.machine, trainer.recipe, epoch)
+    result = trainer.train_epoch(images, labels, draws, stage_of(trainer.recipe), 32, lambda: None)
+    assert result.finite
+    return result.losses
+
+
+def losses(machine: Machine, recipe: Recipe = SMALL["cpu"], epochs: int = 2) -> torch.Tensor:
     """The losses of a few epochs' steps, with the network scored in between."""
-    images, labels = pictures(machine.device)
-    learner = Trainer(recipe, 10, machine)
-    learner.begin(STAGE, IMAGES)
+    trainer = Trainer(recipe, 10, machine)
+    trainer.begin_stage(stage_of(trainer.recipe), IMAGES)
     found = []
     for epoch in range(epochs):
-        result = learner.train_epoch(images, labels, draws(machine, recipe, epoch), STAGE, 48, lambda: None)
-        scores = scoring.logits(learner.scored, images, 48, precision=machine.precision)
-        assert result.finite and scores.isfinite().all()
-        found.append(result.losses)
+        found.append(train_epoch(trainer, epoch))
+        images, _ = pictures(machine.device)
+        assert scoring.logits(trainer.eval_model, images, 32, precision=machine.precision).isfinite().all()
     return torch.cat(found)
 
 
@@ -69,76 +91,74 @@ def test_views_are_those_of_the_cpu():
     recipe = RECIPES["original"]
     found = []
     for machine in (PLAIN, gpu()):
-        images, _ = pictures(machine.device)
-        given = draws(machine, recipe)
-        found.append(augment.augment(images, given.uniforms, augment.COLOUR_ORDERS[7], 70, recipe.augmentation).cpu())
+        images, _ = pictures(machine.device, 64)
+        draws = draw_epoch(torch.arange(64), 1, 64, recipe.augmentation, (0, 0, 0)).to(machine.device)
+        found.append(augment(images, draws.uniforms, COLOUR_ORDERS[7], 70, recipe.augmentation).cpu())
     off = (found[0] - found[1]).abs()
     # Rounding moves a few pixels over an edge: of a black corner, or of two colours next to each other.
     assert off.quantile(0.999) < 1e-3 and off.mean() < 1e-4
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@eager_and_compiled
+@pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("precision, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.05)])
-def test_steps_agree_with_plain_ones_on_the_cpu(precision: torch.dtype, tolerance: float, compile: bool):
-    torch.testing.assert_close(losses(gpu(precision, compile)), losses(PLAIN), atol=tolerance, rtol=tolerance)
+def test_steps_agree_with_plain_ones_on_the_cpu(precision: torch.dtype, tolerance: float, name: str, compile: bool):
+    recipe = SMALL[name]
+    found, expected = losses(gpu(precision, compile), recipe), losses(PLAIN, recipe)
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
 
 
-def test_deterministic_runs_give_the_same_bits():
-    machine = engine.start(Runtime(device="cuda", deterministic=True))
+@eager_and_compiled
+def test_deterministic_runs_give_the_same_bits(compile: bool):
+    machine = start_machine(Runtime(device="cuda", deterministic=True, compile=compile))
     assert torch.equal(losses(machine), losses(machine))
 
 
-@pytest.mark.parametrize("name", ["original", "cpu"])
-@pytest.mark.parametrize("compile", [False, True])
-def test_an_epoch_never_waits_for_the_device(name: str, compile: bool, monkeypatch: pytest.MonkeyPatch):
-    machine, recipe = gpu(torch.bfloat16, compile), RECIPES[name]
+@eager_and_compiled
+@pytest.mark.parametrize("name", SMALL)
+def test_an_epoch_never_waits_for_the_device(name: str, compile: bool):
+    machine, recipe = gpu(torch.bfloat16, compile), SMALL[name]
     images, labels = pictures(machine.device)
-    learner = Trainer(recipe, 10, machine)
-    learner.begin(STAGE, IMAGES)
+    trainer = Trainer(recipe, 10, machine)
+    trainer.begin_stage(stage_of(trainer.recipe), IMAGES)
     for epoch in range(3):  # compilation, the warm-up and the capture of graphs may wait
-        learner.train_epoch(images, labels, draws(machine, recipe, epoch), STAGE, 48, lambda: None)
-    given = draws(machine, recipe, 3)
-    fetch = Trainer._result
+        train_epoch(trainer, epoch)
+    draws, ticks = draw(machine, recipe, 3), []
 
-    def result(*arguments) -> tuple:
-        torch.cuda.set_sync_debug_mode("default")  # the one transfer at the end
-        return fetch(*arguments)
+    def tick() -> None:
+        ticks.append(torch.cuda.get_sync_debug_mode())
+        if len(ticks) == IMAGES // BATCH:
+            torch.cuda.set_sync_debug_mode("default")  # the one transfer at the end
 
-    monkeypatch.setattr(Trainer, "_result", result)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        assert learner.train_epoch(images, labels, given, STAGE, 48, lambda: None).finite
+        assert trainer.train_epoch(images, labels, draws, stage_of(recipe), 32, tick).finite
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert ticks == [2] * 4  # "error" at the end of each step
 
 
-def test_a_run_goes_on_from_its_state_as_if_never_interrupted():
-    machine = gpu()
-    images, labels = pictures(machine.device)
-
-    def epoch(learner: Trainer, number: int) -> torch.Tensor:
-        return learner.train_epoch(images, labels, draws(machine, SMALL, number), STAGE, 48, lambda: None).losses
-
-    first, second = Trainer(SMALL, 10, machine), Trainer(SMALL, 10, machine)
-    first.begin(STAGE, IMAGES)
-    epoch(first, 0)
-    second.begin(STAGE, IMAGES)
-    second.restore(first.state())
-    torch.testing.assert_close(epoch(second, 1), epoch(first, 1), atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("name", SMALL)
+def test_a_run_goes_on_from_its_state_as_if_never_interrupted(name: str):
+    first, second = (Trainer(SMALL[name], 10, gpu()) for _ in range(2))
+    for trainer in (first, second):
+        trainer.begin_stage(stage_of(trainer.recipe), IMAGES)
+    train_epoch(first, 0)
+    second.restore(copy.deepcopy(first.state()))  # an optimiser keeps the tensors that it is given
+    torch.testing.assert_close(train_epoch(second, 1), train_epoch(first, 1), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.skipif(EMULATED, reason="speed is its subject")
 def test_throughput_is_printed(capsys: pytest.CaptureFixture):
-    machine, recipe = engine.start(Runtime(device="cuda")), RECIPES["original"]
+    machine, recipe = start_machine(Runtime(device="cuda")), RECIPES["original"]
     stage, count = Stage(1, (70,), 96, 128, 1e-3), 128 * 100
-    images, labels = pictures(machine.device)
-    learner = Trainer(recipe, 10, machine)
-    learner.begin(stage, IMAGES)
-    given = augment.draw_epoch(torch.arange(IMAGES), count // IMAGES, stage.batch, recipe.augmentation, (0,)).to(
-        machine.device
-    )
+    images, labels = pictures(machine.device, 64)
+    trainer = Trainer(recipe, 10, machine)
+    trainer.begin_stage(stage, 64)
+    draws = draw_epoch(torch.arange(64), count // 64, stage.batch, recipe.augmentation, (0,)).to(machine.device)
     for _ in range(2):
         start = time.perf_counter()
-        result = learner.train_epoch(images, labels, given, stage, 70, lambda: None)
+        result = trainer.train_epoch(images, labels, draws, stage, 70, lambda: None)
         seconds = time.perf_counter() - start
     assert result.finite and result.samples == count
     with capsys.disabled():
