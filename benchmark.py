@@ -45,6 +45,7 @@ SIDES = ("usual", "this project")
 SETTLING = 16  # steps whose median rate is compared with that of as many before
 SETTLED = 1.03  # times the rate before: less is no faster
 LONGEST_SETTLING = 20 * SETTLING
+PRODUCT_SIDE = {"cuda": 8192, "cpu": 2048}  # of the square matrices whose product shows what a machine reaches
 
 
 class ThisProject:
@@ -86,7 +87,7 @@ class ThisProject:
 
     def matmul_tflops(self) -> float:
         """What the machine reaches in a large product of square matrices in this precision: the median of nine."""
-        side = 8192 if self.machine.device.type == "cuda" else 2048
+        side = PRODUCT_SIDE[self.machine.device.type]
         a, b = torch.randn(2, side, side, device=self.machine.device).to(self.machine.precision)
         torch.mm(a, b)
         return 2 * side**3 / statistics.median(timed(lambda: torch.mm(a, b)) for _ in range(9)) / 1e12

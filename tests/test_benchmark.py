@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import types
 
 import pytest
@@ -159,8 +160,33 @@ def test_points_are_the_recipes_unless_others_are_asked_for():
     assert benchmark.points(RECIPES["original"], size=96, batch=256) == [(96, 256, 96)]
 
 
+class HereProcess(benchmark.Process):
+    """A side in this process: what it is asked is asked the same way, without the seconds that a process costs."""
+
+    def __init__(self, kind: type[Baseline] | type[ThisProject], job: Job) -> None:
+        self.samples, self.side = job.samples, kind(job)
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def ask(self, question, *arguments):
+        benchmark.Process._side = self.side
+        return question(*arguments)
+
+
+def test_a_side_answers_from_a_process_of_its_own():
+    with benchmark.Process(ThisProject, job()) as side:
+        assert side.ask(benchmark.Process.seconds, "train_steps") > 0
+        assert side.ask(os.getpid) != os.getpid()
+        assert side.ask(benchmark.Process.peak_memory) > 2**26
+        with pytest.raises(AttributeError, match="no attribute 'rest'"):
+            side.ask(benchmark.Process.call, "rest")
+
+
 def test_the_command_prints_a_table_and_writes_every_figure(small, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(RECIPES, "original", SMALL)
+    monkeypatch.setattr(benchmark, "Process", HereProcess)
+    monkeypatch.setitem(benchmark.PRODUCT_SIDE, "cpu", 64)
     file = tmp_path / "speed.json"
     flags = "--size 32 --batch 2 --steps 1 --turns 2 --device cpu --threads 1 --precision fp32".split()
     assert benchmark.main([*flags, "--json", str(file)]) == 0
