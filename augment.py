@@ -35,7 +35,7 @@ TOP, LEFT, HFLIP, VFLIP, *FACTORS, HUE, ERASE, ERASE_ROW, ERASE_COLUMN, MIX_KIND
 BRIGHTNESS, CONTRAST, SATURATION = FACTORS
 COLUMNS = MIX_COLUMN + 1
 
-CACHED_PIXELS = 160_000  # of the views made at once on a CPU, so that what lies in between stays in its caches
+CACHED_PIXELS = 160_000  # of the views made at once on a CPU, so that intermediate results stay in its caches
 
 COLOUR_ORDERS = tuple(permutations(range(4)))  # of brightness 0, contrast 1, saturation 2, hue 3
 
@@ -168,8 +168,8 @@ def _between(low: float, high: float, uniform: Tensor) -> Tensor:
 def _crop(uniforms: Tensor, height: int, width: int, options: ViewOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Top, left, height and width of the crops, as RandomResizedCrop.get_params draws them.
 
-    Of ten tries at an area and a ratio the first that fits counts; if none does, it is the largest central crop
-    of an allowed ratio.
+    The first of ten random areas and ratios that fits is taken; if none fits, the largest central crop of an allowed
+    ratio.
     """
     area = _between(*options.crop_scale, uniforms[:, CROP_AREA]) * (height * width)
     low, high = options.crop_ratio
@@ -234,7 +234,7 @@ def _sample(images: Tensor, p: ViewParameters, size: int, rotated: bool) -> Tens
 
 
 def _along(start: Tensor, length: Tensor, flip: Tensor, centres: Tensor, side: int) -> Tensor:
-    """Where a view's pixels lie along one side of the image: half pixels from its middle, (B, s)."""
+    """Where a view's pixels lie along one side of the image: (B, s), in half pixels from its middle."""
     return torch.where(flip, -length, length)[:, None] * centres + (2 * start + length - side)[:, None]
 
 
@@ -260,10 +260,10 @@ def _adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue in HSV, value and saturation kept, without branches.
+    """Shift the hue in HSV, without branches; value and saturation stay.
 
     With V the largest channel and C the chroma (largest less smallest), the angle between a pixel's hue and red is
-    (C + G + B - R - min) / C sixths of a turn, on the side of green where G > B. Back again, a channel is
+    (C + G + B - R - min) / C sixths of a turn, on the side of green where G > B. In the other direction a channel is
     V - C · clamp(d - 1, 0, 1) where d is the distance, in sixths of a turn, between the hue and that channel's.
     """
     red, green, blue = x.unbind(1)
@@ -288,7 +288,7 @@ def _adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 @torch.no_grad()
 def normalise(x: Tensor, inplace: bool = False) -> Tensor:
-    """Float images (B, 3, H, W) in [0, 1] less MEAN, over STD, channel by channel."""
+    """Subtract MEAN from float images (B, 3, H, W) in [0, 1] and divide by STD, channel by channel."""
     x = x if inplace else x.clone()
     for channel, mean, std in zip(x.unbind(1), MEAN, STD, strict=True):
         channel.sub_(mean).mul_(1 / std)
@@ -314,7 +314,7 @@ def _square(row: Tensor, column: Tensor, side: int | Tensor, size: int) -> Tenso
 
 @torch.no_grad()
 def erase(x: Tensor, uniforms: Tensor, options: ViewOptions) -> Tensor:
-    """Normalised views (B, 3, s, s), a square patch of some set to 0, the mean (cutout, arXiv 1708.04552)."""
+    """Set a square patch of some normalised views (B, 3, s, s) to 0, which is the mean (cutout, arXiv 1708.04552)."""
     if not options.erase:
         return x
     size = x.shape[-1]
@@ -326,7 +326,7 @@ def erase(x: Tensor, uniforms: Tensor, options: ViewOptions) -> Tensor:
 def mix(
     x: Tensor, labels: Tensor, own_share: Tensor, uniforms: Tensor, options: ViewOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mix each of the views (B, 3, s, s) with its neighbour in the batch; `own_share` (B,) is of the batch's draws.
+    """Mix each of the views (B, 3, s, s) with its neighbour in the batch; `own_share` (B,) comes from the draws.
 
     Returns the mixed views, the neighbours' labels and the share (B,) of each sample's own image in its view, so that
     the loss is share · loss(labels) + (1 - share) · loss(other labels).
@@ -390,5 +390,5 @@ def batch_of(
 def make_batch(
     images: Tensor, labels: Tensor, draws: EpochDraws, step: int, rows: slice, size: int, options: ViewOptions
 ) -> Batch:
-    """The samples `rows` of an epoch's draws, which belong to its step `step`, as a batch of `size` px."""
+    """The batch of step `step`: the samples `rows` of an epoch's draws, as views of `size` px."""
     return batch_of(*take_samples(images, labels, draws, rows), draws.colour_orders[step], size, options)

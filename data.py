@@ -2,7 +2,7 @@
 
 The files lie in `DIR/stl10_binary/`, as the official archive lays them out (https://cs.stanford.edu/~acoates/stl10).
 Every file is read once and its size and MD5 are checked on the very bytes that are used. What the files should be is an
-argument (`specs`), so that the demo and the tests go through the same code with files of their own.
+argument (`specs`), so that the demo and the tests use the same code with their own files.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ AUGMENTATIONS = {"original": ViewOptions(), "mild": MILD, "strong": STRONG}
 
 
 class FileSpec(NamedTuple):
-    """What a file must be: its size in bytes and its MD5 in hexadecimal."""
+    """The size in bytes and the MD5, in hexadecimal, that a file must have."""
 
     bytes: int
     md5: str
@@ -57,14 +57,14 @@ OFFICIAL: Specs = {
 
 
 class MissingFiles(RunError):
-    """Files of the data set are absent (none is damaged), so that fetching them is worth a try."""
+    """Files of the data set are absent (none is damaged), so fetching them is worth a try."""
 
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
     """`images` uint8 (N, 3, H, W), rows first; `labels` int64 (N,), from 0; `classes[label]` is a label's name.
 
-    `digest` tells sets of one's own from one another; it is empty for files that are checked against `specs`.
+    `digest` identifies a user's own pictures; it is empty for files that are checked against `specs`.
     """
 
     images: Tensor
@@ -91,7 +91,7 @@ def load(data_dir: Path, split: str, specs: Specs = OFFICIAL, classes: tuple[str
 
 
 def read_file(path: Path, spec: FileSpec) -> bytearray:
-    """The content of `path`, once its size and MD5 are found to be those of `spec`; raises RunError otherwise."""
+    """The content of `path`, if its size and MD5 are those of `spec`. Raises RunError if not, or if unreadable."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise RunError(f"{path} is not a file: move it away, or name another folder with --data-dir")
@@ -172,7 +172,7 @@ def _is_absent(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return True
     except OSError:
-        return False  # it may well be there: reading it tells what is wrong
+        return False  # it may well be there: reading it will say what is wrong
     return False
 
 

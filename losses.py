@@ -11,8 +11,9 @@ class LabelSmoothingLoss(nn.Module):
     a / K. Both targets are the same for a = smoothing · K / (K − 1), and the fused kernel is called with that. As a is
     at most 1, smoothing is at most (K − 1) / K, where the target is uniform. Source: arXiv 1512.00567.
 
-    `classes`: K, from 2 up. `dim`: where the logits keep their classes. `reduction`: "mean" over all samples, "sum",
-    or "none" for one loss a sample. Raises ValueError for an argument out of range and for logits of another K.
+    `classes`: K, from 2 up. `dim`: the dimension of the logits that holds the classes. `reduction`: "mean" over all
+    samples, "sum", or "none" for one loss a sample. Raises ValueError for an argument out of range and for logits of
+    another K.
     """
 
     def __init__(self, classes: int, smoothing: float = 0.1, dim: int = -1, reduction: str = "mean") -> None:

@@ -24,7 +24,7 @@ def count_parameters(model: nn.Module) -> int:
 def build_model(
     layers: Sequence[int] = (4, 9, 8), *, kind: str = "bottleneck", budget: int = PARAMETER_BUDGET, **options
 ) -> "ResNet | WideNet":
-    """The original network or with `kind` "wide" the other, and with options of their classes variants of them.
+    """The original network, or the wide one with `kind` "wide"; `options` are those of its class.
 
     Raises ValueError where an option is out of range or the network has more than `budget` parameters.
     """
@@ -191,9 +191,9 @@ class WideNet(nn.Module):
     `layers`: convolutions of each group after its first. `planes`: channels of each group; the stem has half the
     first group's. `zero_init_residual`: each group starts as its first convolution. `cosine_stem`: the stem is
     `cosine_filters`, which do not learn, and the further convolutions start as identities on their first channels,
-    so that colours and edges are told apart from the first step on (the idea is that of arXiv 2404.00498, where the
+    so that the first step already distinguishes colours and edges (the idea is that of arXiv 2404.00498, where the
     principal directions of the images' patches are taken: of STL-10's views they span the same space to 99 %).
-    `last_pool`: whether the last group, too, halves its maps; without, its further convolutions see four times as many
+    `last_pool`: whether the last group halves its maps too; without it, its further convolutions see four times as many
     pixels, which makes a third more arithmetic in recipe `cpu`.
 
     Takes float images (N, 3, H, W) from 32 px up, normalised; gives logits (N, num_classes).
@@ -238,10 +238,10 @@ class WideNet(nn.Module):
 def cosine_filters(count: int) -> Tensor:
     """Filters of the cosine transform of 4 × 4 patches, lowest frequencies first: float32 (count, 3, 4, 4).
 
-    Each is the product of a wave along either side and one of three axes of colour: grey, red against blue, green
-    against both. All have length 1 and are orthogonal, but for the second half, which are the first half's negatives:
-    a rectifier keeps one side of each. As colours change more slowly than light, theirs rank two frequencies later.
-    Raises ValueError where there are not as many.
+    Each is the product of a wave along each side and one of three axes of colour: grey, red against blue, green
+    against both. The first half are orthonormal; the second half are their negatives, since a rectifier keeps one
+    side of each. Colour changes more slowly than brightness, so its filters rank two frequencies later.
+    Raises ValueError for more than 96.
     """
     if count > 96:
         raise ValueError(f"planes: a cosine stem has at most 96 filters, not {count}")

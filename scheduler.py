@@ -13,8 +13,8 @@ def restart_rate(
     """Learning rate at `epoch` (from 0, may be fractional) under cosine annealing with decaying warm restarts.
 
     Cycles last T_0, T_0·T_mult, T_0·T_mult² … epochs. Cycle n begins at `peak`·decayⁿ, never below `eta_min`, and
-    falls along a half cosine towards `eta_min`, which the next cycle's start forestalls: a cycle of T epochs uses
-    positions 0 … T−1 and restarts at T. With decay 1 these are the warm restarts of SGDR (arXiv 1608.03983).
+    falls along a half cosine towards `eta_min`, which it does not reach: a cycle of T epochs uses positions
+    0 … T−1, and the next one begins at T. With decay 1 these are the warm restarts of SGDR (arXiv 1608.03983).
     Raises ValueError for an argument out of range.
     """
     _check_cycles(T_0, T_mult, decay, eta_min)
@@ -52,9 +52,9 @@ def warmup_cosine_rate(progress: float, peak: float, warmup: float) -> float:
 class DecayingCosineWarmRestarts(LRScheduler):
     """Sets each parameter group's rate to `restart_rate` with the group's initial rate as the first peak.
 
-    `step()` moves on by one epoch, `step(epoch)` to any epoch, whole or fractional; `last_epoch` is where it stands.
+    `step()` moves on by one epoch, `step(epoch)` to any epoch, whole or fractional; `last_epoch` is the present one.
     The rate depends on nothing else. `load_state_dict` also sets the optimiser's rates, so that scheduler and
-    optimiser may be made and restored in either order.
+    optimiser may be created and restored in either order.
     Raises ValueError for an argument out of range.
     """
 

@@ -1,7 +1,7 @@
 """A small picture set drawn by the program itself, in STL-10's file format: ten shapes on cluttered ground.
 
-It stands in for the real files where a run is to be tried without them. Every image has its own colours, place, size,
-tilt and background, so that only the shape tells the class.
+It stands in for the real files, to try a run without them. Every image has its own colours, place, size, tilt and
+background, so that only the shape identifies the class.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ def make(data_dir: Path) -> Specs:
 def draw_shapes(split: str, per_class: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """The images uint8 (N, 3, 96, 96), columns first as STL-10 stores them, and their labels uint8 (N,), from 1.
 
-    In mixed order; the same on every call; `train` and `test` have no draw in common.
+    In shuffled order, the same on every call; `train` and `test` share no random numbers.
     """
     generator = np.random.default_rng([SEED, sorted(IMAGES_PER_CLASS).index(split)])
     images = np.concatenate([_class_images(SHAPES[name], per_class, generator) for name in DEMO_CLASSES])
@@ -68,7 +68,7 @@ def _write_unless_right(path: Path, content: bytes, spec: FileSpec) -> None:
 def _class_images(shape: Shape, count: int, generator: Generator) -> NDArray[np.uint8]:
     """`count` images of one shape: uint8 (count, 3, 96, 96), rows first."""
     ground = generator.uniform(0, 0.5, (count, 3, 1, 1)).astype(np.float32)
-    # Always the lighter one: a small network learns this in seconds, and light against dark either way in minutes.
+    # Always lighter than the ground: a small network learns that in seconds; lighter or darker takes it minutes.
     colour = ground + generator.uniform(0.2, 0.5, (count, 3, 1, 1)).astype(np.float32)
     image = ground + 0.1 * _smooth_noise(6, count, generator)
     for _ in range(3):  # clutter: small discs of any colour

@@ -1,6 +1,6 @@
-"""Several processes that train one network: started by torchrun, one leads and keeps the record, the others follow.
+"""Several processes, started by torchrun, that train one network: one leads and writes the run, the others follow.
 
-Without torchrun there is no group, and each function here does nothing or gives back what it was given. Decisions and
+Without torchrun there is no group, and each function here does nothing or returns its argument. Decisions and
 figures travel as CPU tensors, by gloo: it notices at once when a process has ended. Gradients on CUDA take NCCL.
 """
 
@@ -30,7 +30,7 @@ class PeerLost(RunError):
 def rank_and_world() -> tuple[int, int, int]:
     """Rank, number of processes, and rank on this machine, as torchrun says in the environment; without it 0, 1, 0.
 
-    Raises RunError where it says only a part.
+    Raises RunError if some of them are missing.
     """
     try:
         world = int(os.environ.get("WORLD_SIZE", 1))
@@ -40,7 +40,7 @@ def rank_and_world() -> tuple[int, int, int]:
 
 
 def join(device: torch.device) -> None:
-    """Meet the other processes, of which only the leader prints from now on. Raises PeerLost where they do not come."""
+    """Join the other processes; from now on only the leader prints. Raises PeerLost if they do not appear."""
     rank, world, _ = rank_and_world()
     if world == 1 or dist.is_initialized():
         return
@@ -56,13 +56,13 @@ def join(device: torch.device) -> None:
 
 
 def leave() -> None:
-    """Part from the others after an orderly end. After any other the process's own end does it, and cannot hang."""
+    """Leave the group after an orderly end. After any other the end of the process does it, and cannot hang."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def parallel(net: nn.Module) -> nn.Module:
-    """`net`, or around it what averages its gradients over the processes and gives all of them the leader's buffers."""
+    """`net`, wrapped to average gradients over the processes and use the leader's buffers; alone just `net`."""
     if not dist.is_initialized():
         return net
     with peer_loss_reported():

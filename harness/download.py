@@ -1,7 +1,7 @@
 """Fetch the labelled part of STL-10: about 0.3 GB of the official 2.6 GB archive.
 
 The four labelled members come first in the archive, so that the transfer can end before the unlabelled images. Each is
-written under a temporary name, checked, and only then given its own. The connection is plain http: what protects the
+written under a temporary name, and renamed once it is checked. The connection is plain http: what protects the
 files are the checksums in `data.OFFICIAL`.
 """
 
@@ -29,12 +29,12 @@ LABELLED: Specs = {name: spec for name, spec in OFFICIAL.items() if name.endswit
 TIMEOUT = 30.0  # seconds without a byte
 PAUSES = (2.0, 10.0)  # seconds before the second and the third attempt
 CHUNK = 1 << 20  # bytes
-# what sockets, gzip and tarfile make of cut or foreign bytes
+# what sockets, gzip and tarfile raise for truncated or foreign bytes
 STREAM_ERRORS = (OSError, EOFError, ValueError, zlib.error, tarfile.TarError, http.client.HTTPException)
 
 
 class _Broken(Exception):
-    """The archive, or the connection that brings it, is not what it should be."""
+    """The archive is damaged or another one, or the connection has broken."""
 
 
 def fetch(
@@ -44,11 +44,11 @@ def fetch(
     pauses: Sequence[float] = PAUSES,
     progress: bool = True,
 ) -> None:
-    """Put the files of `specs` that are not there and right into `data_dir/stl10_binary/`.
+    """Fetch those files of `specs` that are missing or wrong in `data_dir/stl10_binary/`.
 
     An archive `data_dir/stl10_binary.tar.gz` is used instead of the network. A broken transfer is tried again after
-    each of `pauses` (seconds). Raises RunError where no attempt succeeds or the folder cannot be written; what is in
-    place then is whole and checked.
+    each of `pauses` (seconds). Raises RunError if no attempt succeeds or the folder cannot be written; what is
+    there by then is whole and checked.
     """
     data_dir = Path(data_dir)
     with locked(data_dir / FOLDER, wait=True) as folder:
@@ -100,7 +100,7 @@ def _download(url: str, folder: Path, specs: Specs, missing: set[str], pauses: S
 
 
 def _unpack(source: BinaryIO, folder: Path, specs: Specs, missing: set[str], progress: bool) -> None:
-    """Write the missing members as they pass, striking each off, and stop reading behind the last of them."""
+    """Write the missing members as they arrive, remove each from `missing`, and stop reading after the last."""
     members = {f"{FOLDER}/{name}": name for name in specs}  # exact names: nothing is written anywhere else
     total = sum(spec.bytes for spec in specs.values())
     hidden = None if progress else True  # None: hidden where there is no terminal
@@ -133,7 +133,7 @@ def _chunks(source: BinaryIO, bar: tqdm) -> Iterator[bytes]:
         while chunk := source.read(CHUNK):
             bar.update(len(chunk))
             yield chunk
-    except STREAM_ERRORS as error:  # told apart here from the errors of writing
+    except STREAM_ERRORS as error:  # caught here, apart from errors of writing
         raise _Broken(_cause(error)) from error
 
 

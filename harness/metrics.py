@@ -1,4 +1,4 @@
-"""Figures from logits and labels: accuracy, its interval of an accuracy, confusion, calibration."""
+"""Figures from logits and labels: accuracy and its interval, confusion, calibration."""
 
 import math
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def confusion(predictions: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def per_class_accuracy(matrix: Tensor) -> Tensor:
-    """Share of each class that is answered rightly, float64 (K,), from `confusion`; nan for a class without images."""
+    """Accuracy of each class, float64 (K,), from `confusion`; nan for a class without images."""
     return matrix.diagonal().double() / matrix.sum(1)
 
 

@@ -24,7 +24,7 @@ def name(members: Sequence[TrainedNetwork]) -> str:
 
 
 def entry(members: Sequence[TrainedNetwork], about: list[Entry], split: str, results: list[Entry], shown: int) -> Entry:
-    """All that is said of a network, or an ensemble; `shown` is the index of the result that pictures show."""
+    """All figures and notes of a network or an ensemble; `shown` is the index of the result that the pictures show."""
     return {
         "name": name(members),
         "split": split,
@@ -37,7 +37,7 @@ def entry(members: Sequence[TrainedNetwork], about: list[Entry], split: str, res
 
 
 def about(member: TrainedNetwork) -> Entry:
-    """Which network it is. To be asked at once: the run may go on and replace the file."""
+    """Which network it is. Call this at once: a run that goes on replaces the file."""
     return {
         "checkpoint": str(member.file),
         "sha256": hashlib.sha256(member.file.read_bytes()).hexdigest(),
@@ -139,7 +139,7 @@ def shared(values: Sequence[Any]) -> Any:
 
 
 def clear_pictures(folder: Path) -> None:
-    """Remove the pictures of an earlier evaluation: those of this one need not be the same."""
+    """Remove the pictures of an earlier evaluation: this one may draw fewer."""
     for picture in PICTURES:
         (folder / picture).unlink(missing_ok=True)
 

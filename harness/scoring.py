@@ -43,7 +43,7 @@ def logits(
 
     `mirror`: each image is also scored flipped left to right and the result is `average` of the two.
     `precision`: the autocast type (torch.bfloat16); None or torch.float32 calculates in float32.
-    The modes of the model and of its parts are as before when this returns. Raises ValueError without images.
+    The model and its parts are back in their former modes when this returns. Raises ValueError without images.
     """
     if len(images) == 0:
         raise ValueError("there are no images to score")
@@ -113,7 +113,7 @@ def original_logits(
 
 
 def average(scores: list[Tensor]) -> Tensor:
-    """Log of the mean of several predictions' probabilities, from their logits (N, K) each; itself (N, K) logits.
+    """Average several predictions: the log of their mean probabilities, from logits (N, K) each to logits (N, K).
 
     Probabilities rather than logits are averaged, so that one confident mistake cannot outweigh all others.
     """
