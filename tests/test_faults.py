@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, or meet a bad disk; `faults.py` is the long form of the first."""
+"""Runs that are killed, stopped, or meet a bad disk; `kill_runs.py` is the long form of the first."""
 
 import contextlib
 import os
@@ -8,22 +8,25 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
-import checkpoint
-import faults
-import files
+import kill_runs
 import pytest
-import settings
-from faults import RECIPES, TINY, before, limit_files, run, send, tiny
+from conftest import TINY_RUN
+from processes import RUNS, TINY, before, limit_files, run, send, tiny
+from run_contents import differences
 
+import optim
 import train
+from harness import checkpoint, files, machine, plots, scoring
+from harness.interrupt import STOPPED_BY_TIME
+from harness.run_folder import RunFolder
 
-ARGV = {name: [*flags, *TINY] for name, flags in RECIPES.items()}
+ARGV = {name: [*flags, *TINY] for name, flags in RUNS.items()}
 ONE = ARGV["restarts, adam"]
-STEP = "learner.Trainer._step"  # two an epoch, five epochs
+STEP = train.Trainer.step  # two an epoch, five epochs
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +68,15 @@ def continues(folder: Path, reference: dict[str, Path], name: str = "restarts, a
     """The same command again brings the run to the end it would have come to."""
     log = folder.parent / "continued"
     assert run([*ARGV[name], "--out", str(folder)], log, tiny) == 0, log.read_text()
-    assert faults.differences(folder, reference[name]) == []
+    assert differences(folder, reference[name]) == []
 
 
 # killed
 
 
-@pytest.mark.parametrize(("name", "points"), [(name, range(1 + i, 34, 3)) for i, name in enumerate(RECIPES)])
+@pytest.mark.parametrize(("name", "points"), [(name, range(1 + i, 34, 3)) for i, name in enumerate(RUNS)])
 def test_kill_in_writing(name: str, points: range, reference: dict[str, Path], tmp_path: Path) -> None:
-    killed = faults.kill_at_points(tmp_path / "runs", ARGV[name], reference[name], points)
+    killed = kill_runs.kill_at_points(tmp_path / "runs", ARGV[name], reference[name], points)
     assert killed.total() >= len(points) - 2, killed
 
 
@@ -91,14 +94,14 @@ def test_kill_at_random_moments(reference: dict[str, Path], tmp_path: Path, log:
     continues(folder, reference, name)
 
 
-@pytest.mark.parametrize("point", [1, 2, 3])
+@pytest.mark.parametrize("point", [1, 2, 3, 4])
 def test_kill_while_overwriting(point: int, reference: dict[str, Path], out: list[str], tmp_path: Path) -> None:
     folder, log = tmp_path / "run", tmp_path / "log"
     shutil.copytree(reference["cosine, sgd, averaged"], folder)
-    watch = faults.Points(point, tmp_path / "moment")
+    watch = kill_runs.Points(point, tmp_path / "moment")
     assert run([*ONE, *out, "--overwrite"], log, tiny, watch) == -signal.SIGKILL
     removed = (tmp_path / "moment").read_text().removeprefix("after removing ")
-    assert removed == ("previous.pt", "last.pt", "best.pt")[point - 1]
+    assert removed == ("previous.pt", "last.pt", "best.pt", "stage1.pt")[point - 1]
     assert rows(folder) == (4 if point == 1 else 0)
     if point == 1:
         assert run([*ONE, *out], log, tiny) == 1
@@ -124,10 +127,10 @@ def test_overwrite_leaves_other_files_alone(reference: dict, out: list[str], tmp
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
-    ("moment", "call", "epochs"), [(STEP, 1, 0), (STEP, 6, 2), ("checkpoint.commit", 3, 3), ("scoring.logits", 3, 3)]
+    ("moment", "call", "epochs"), [(STEP, 1, 0), (STEP, 6, 2), (checkpoint.commit, 3, 3), (scoring.logits, 3, 3)]
 )
 def test_signal(
-    number: int, moment: str, call: int, epochs: int, reference: dict[str, Path], out: list[str], log: Path
+    number: int, moment: Callable, call: int, epochs: int, reference: dict[str, Path], out: list[str], log: Path
 ) -> None:
     folder = Path(out[1])
     assert run([*ONE, *out], log, tiny, partial(before, moment, call, partial(send, number))) == 128 + number
@@ -146,20 +149,22 @@ def test_second_signal_ends_at_once(reference: dict[str, Path], out: list[str], 
 
 
 def test_signal_while_finishing_changes_nothing(reference: dict[str, Path], out: list[str], log: Path) -> None:
-    finish = partial(before, "record.RunFolder.finish", 1, partial(send, signal.SIGTERM))
+    finish = partial(before, RunFolder.finish, 1, partial(send, signal.SIGTERM))
     assert run([*ONE, *out], log, tiny, finish) == 0
-    assert faults.differences(Path(out[1]), reference["restarts, adam"]) == []
+    assert differences(Path(out[1]), reference["restarts, adam"]) == []
 
 
-@pytest.mark.parametrize("moment", ["engine.start", "learner.build_optimizer", "record.RunFolder.open"])
-def test_interrupted_before_the_first_step(moment: str, reference: dict[str, Path], out: list[str], log: Path) -> None:
+@pytest.mark.parametrize("moment", [machine.start_machine, optim.build_optimizer, RunFolder.resume])
+def test_interrupted_before_the_first_step(
+    moment: Callable, reference: dict[str, Path], out: list[str], log: Path
+) -> None:
     status = run([*ONE, *out], log, tiny, partial(before, moment, 1, partial(send, signal.SIGINT)))
     assert status in (-signal.SIGINT, 130) and "Traceback" not in log.read_text()
     continues(Path(out[1]), reference)
 
 
 def test_interrupted_while_loading_torch(tmp_path: Path) -> None:
-    command = faults.command(ONE, tmp_path, tmp_path / "run")
+    command = kill_runs.command(ONE, tmp_path, tmp_path / "run")
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         maps, deadline = Path(f"/proc/{process.pid}/maps"), time.monotonic() + 60
         while "libtorch" not in maps.read_text() and time.monotonic() < deadline:
@@ -170,17 +175,29 @@ def test_interrupted_while_loading_torch(tmp_path: Path) -> None:
 
 
 def test_time_limit(reference: dict[str, Path], out: list[str], log: Path) -> None:
-    assert run([*ONE, *out, "--max-minutes", "0.0001"], log, tiny) == train.STOPPED_BY_TIME
+    assert run([*ONE, *out, "--max-minutes", "0.0001"], log, tiny) == STOPPED_BY_TIME
     assert "--max-minutes 0.0001" in log.read_text() and rows(Path(out[1])) == 1
     continues(Path(out[1]), reference)
 
 
 @pytest.mark.parametrize(("sizes", "stops"), [("32,32", False), ("32,64", True), ("64,32", False)])
-def test_time_limit_knows_that_larger_views_take_longer(sizes: str, stops: bool) -> None:
-    recipe, runtime = settings.parse(["--demo", "--epochs", "2", "0", "--crop-size", sizes, "32"])
-    a_run = SimpleNamespace(recipe=recipe, runtime=runtime, record=SimpleNamespace(done=1))
-    with pytest.raises(train.Stopped) if stops else contextlib.nullcontext():
-        train.Run.look_at_clock(a_run, 1000.0, time.monotonic() + 2000)  # the same size: 1000 s, twice it: 4000 s
+def test_time_limit_knows_that_larger_views_take_longer(
+    sizes: str, stops: bool, tmp_path: Path, small_demo: None, empty_plots: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of two epochs takes 1000 s, and 2000 s are left: enough for views of the same size, not of twice it."""
+    now, train_epoch = 0.0, train.Trainer.train_epoch
+
+    def slow(*args: object) -> train.EpochResult:
+        nonlocal now
+        now += 1000
+        return train_epoch(*args)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(train.Trainer, "train_epoch", slow)
+    place = ["--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
+    argv = [*TINY_RUN, "--epochs", "2", "0", "--crop-size", sizes, "32", "--max-minutes", "50", *place]
+    assert train.main(argv) == (STOPPED_BY_TIME if stops else 0)
+    assert rows(tmp_path / "run") == (1 if stops else 2)
 
 
 # the disk
@@ -189,27 +206,27 @@ def test_time_limit_knows_that_larger_views_take_longer(sizes: str, stops: bool)
 @pytest.mark.parametrize(
     ("moment", "call", "size", "names", "epochs"),
     [
-        ("checkpoint.commit", 1, 50_000, "last.pt", 0),
-        ("checkpoint.commit", 3, 50_000, "last.pt", 2),
-        ("record.RunFolder._follow", 1, 20_000, "best.pt", 1),
-        ("record.RunFolder._write_csv", 2, 100, "metrics.csv", 2),
-        ("record.RunFolder.write_config", 1, 100, "config.json", 0),
-        ("record.RunFolder._result", 1, 100, "summary.json", 5),
+        (checkpoint.commit, 1, 50_000, "last.pt", 0),
+        (checkpoint.commit, 3, 50_000, "last.pt", 2),
+        (checkpoint.save_weights, 1, 20_000, "best.pt", 1),
+        (files.write_text, 1, 100, "config.json", 0),
+        (files.write_text, 3, 100, "metrics.csv", 2),
+        (files.write_text, 7, 100, "summary.json", 5),
     ],
 )
 def test_full_disk(
-    moment: str, call: int, size: int, names: str, epochs: int, reference: dict, out: list[str], log: Path
+    moment: Callable, call: int, size: int, names: str, epochs: int, reference: dict, out: list[str], log: Path
 ) -> None:
     assert run([*ONE, *out], log, tiny, partial(before, moment, call, partial(limit_files, size))) == 1
     says(log, f"{out[1]}/{names}", "File too large")
-    assert rows(Path(out[1])) == epochs and list(Path(out[1]).glob(".*")) == []
+    assert rows(Path(out[1])) == epochs and list(Path(out[1]).glob(".*.tmp")) == []
     continues(Path(out[1]), reference)
 
 
 @pytest.mark.parametrize(
-    ("moment", "name"), [("record.RunFolder.finish", "accuracy.png"), ("plots.sample_sheet", "views-stage1.png")]
+    ("moment", "name"), [(RunFolder.finish, "accuracy.png"), (plots.sample_sheet, "views-stage1.png")]
 )
-def test_full_disk_while_plotting(moment: str, name: str, out: list[str], log: Path) -> None:
+def test_full_disk_while_plotting(moment: Callable, name: str, out: list[str], log: Path) -> None:
     full = partial(before, moment, 1, partial(limit_files, 100))
     assert run([*ONE, *out], log, partial(tiny, pictures=True), full) == 1
     says(log, f"{out[1]}/{name}", "File too large")
@@ -235,28 +252,30 @@ def fill(folder: Path) -> None:
             file.write(bytes(4096))
 
 
-def remount(folder: Path, how: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{how}", str(folder)], check=True)
+def make_read_only(folder: Path) -> None:
+    """Mount a folder over itself read-only: it cannot be remounted while the run has its lock file open."""
+    subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
 
 
 def test_disk_that_fills(mounted: Path, reference: dict[str, Path], log: Path) -> None:
     folder = mounted / "run"
     assert run([*ONE, "--out", str(folder)], log, tiny, partial(before, STEP, 3, partial(fill, mounted))) == 1
     says(log, f"{folder}/last.pt", "No space left on device")
-    assert rows(folder) == 1 and list(folder.glob(".*")) == []
+    assert rows(folder) == 1 and list(folder.glob(".*.tmp")) == []
     (mounted / "filler").unlink()
     continues(folder, reference)
 
 
 def test_disk_that_becomes_read_only(mounted: Path, reference: dict[str, Path], log: Path) -> None:
     argv = [*ONE, "--out", str(mounted / "run")]
-    assert run(argv, log, tiny, partial(before, STEP, 3, partial(remount, mounted, "ro"))) == 1
+    assert run(argv, log, tiny, partial(before, STEP, 3, partial(make_read_only, mounted))) == 1
     says(log, f"{mounted}/run/last.pt", "Read-only file system")
     assert run(argv, log, tiny) == 1
-    says(log, f"{mounted}/run/", "Read-only file system")
+    says(log, f"{mounted}/run", "Read-only file system")
     assert run([*ONE, "--out", str(mounted / "new")], log, tiny) == 1
     says(log, f"{mounted}/new", "Read-only file system")
-    remount(mounted, "rw")
+    subprocess.run(["umount", str(mounted)], check=True)
     continues(mounted / "run", reference)
 
 
@@ -297,15 +316,15 @@ def test_two_runs_in_one_folder(out: list[str], log: Path) -> None:
     with files.locked(folder, wait=False):
         assert run([*ONE, *out], log, tiny) == 1
         says(log, "another run is using", out[1])
-    assert list(folder.iterdir()) == []
+    assert [path.name for path in folder.iterdir()] == [files.LOCK_FILE]
     assert run([*ONE, *out], log, tiny, partial(before, STEP, 1, partial(send, signal.SIGKILL))) == -signal.SIGKILL
     with files.locked(folder, wait=False):
         pass
 
 
-def onto(path: str, number: int) -> None:
+def onto(path: str, number: int, mode: int = os.O_RDWR) -> None:
     """Let descriptor `number` write to (or read from) a device."""
-    os.dup2(os.open(path, os.O_RDWR), number)
+    os.dup2(os.open(path, mode), number)
 
 
 def broken_pipe() -> None:
@@ -319,7 +338,7 @@ def broken_pipe() -> None:
     [
         (partial(onto, "/dev/full", 1), "No space left on device"),
         (broken_pipe, "Broken pipe"),
-        (partial(os.close, 1), "Bad file descriptor"),
+        (partial(onto, os.devnull, 1, os.O_RDONLY), "Bad file descriptor"),
     ],
 )
 def test_output_that_takes_nothing(prepare: partial, cause: str, reference: dict, out: list[str], log: Path) -> None:
@@ -335,7 +354,7 @@ def close(name: str) -> None:
 @pytest.mark.parametrize("name", ["stdin", "stdout", "stderr"])
 def test_stream_closed_from_the_start(name: str, reference: dict, out: list[str], log: Path) -> None:
     assert run([*ONE, *out], log, tiny, partial(close, name)) == 0, log.read_text()
-    assert faults.differences(Path(out[1]), reference["restarts, adam"]) == []
+    assert differences(Path(out[1]), reference["restarts, adam"]) == []
 
 
 def test_another_place_and_umask(tmp_path: Path, reference: dict[str, Path], log: Path) -> None:
@@ -344,6 +363,6 @@ def test_another_place_and_umask(tmp_path: Path, reference: dict[str, Path], log
     prepare = (partial(os.chdir, place), partial(os.umask, 0o027))
     assert run([*ONE, "--out", "läufe/a b/run"], log, tiny, *prepare) == 0, log.read_text()
     folder = place / "läufe" / "a b" / "run"
-    assert faults.differences(folder, reference["restarts, adam"]) == []
+    assert differences(folder, reference["restarts, adam"]) == []
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}
     assert folder.stat().st_mode & 0o777 == 0o750

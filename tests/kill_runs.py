@@ -1,203 +1,30 @@
 #!/usr/bin/env python3
 """Kill training runs at every point of their lives, continue them, and compare what they leave with a run left alone.
 
-    python3 tests/faults.py                # 60 kills at random moments of real runs, then one at every step of a write
-    python3 tests/faults.py --tries 300    # more of the former
+    python3 tests/kill_runs.py                # 60 kills at random moments of real runs, then at each step of writing
+    python3 tests/kill_runs.py --tries 300    # more of the former
 
 `test_faults.py` runs a short form of both. Everything happens on the CPU with one thread, in a temporary folder.
 """
 
 import argparse
-import contextlib
-import csv
-import functools
-import hashlib
-import importlib
 import itertools
-import json
 import os
-import pickle
 import random
-import resource
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from processes import ROOT, RUNS, TINY, run, tiny
+from run_contents import differences
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import checkpoint  # noqa: E402
-import dataset  # noqa: E402
-import demo  # noqa: E402
-import errors  # noqa: E402
-import plots  # noqa: E402
-
-import data  # noqa: E402
-import train  # noqa: E402
-
-CLOCK = ("seconds", "samples_per_second")
-SMALL = "--demo --threads 1 --layers 1 1 1 --planes 4 4 4 --crop-size 32 32 --eval-size 32 32".split()
-RECIPES = {
-    "restarts, adam": [*SMALL, "--epochs", "3", "2", "--cycle", "2", "--batch", "64", "32"],
-    "cosine, sgd, averaged": [*SMALL, "--planes", "4", "4", "30", "--epochs", "2", "2", "--lr", "0.05", "0.02"]
-    + "--optimizer sgd --schedule cosine --average 0.9 --no-decay-norms --label-smoothing 0.1 --mixup 0.2".split(),
-    "cosine, muon, wide": [*SMALL, "--epochs", "2", "2", "--lr", "0.05", "0.02", "--network", "wide"]
-    + "--optimizer muon --schedule cosine --average 0.9 --no-decay-norms".split(),
-}
-TINY = ("--batch", "16", "16")  # after a recipe's flags: for the 32 training images of `tiny`
-
-Prepare = Callable[[], object]
-
-
-# what a run leaves
-
-
-def remains(folder: Path) -> dict[str, Any]:
-    """All that must be the same in two runs: weights, optimiser state, rows, pictures … but no times."""
-    found = {}
-    for name in ("last.pt", "previous.pt", "best.pt"):
-        if (folder / name).exists():
-            found |= flat(checkpoint.load(folder / name), name)
-    with open(folder / "metrics.csv", encoding="utf-8", newline="") as file:
-        found |= flat(list(csv.DictReader(file)), "metrics.csv")
-    found |= flat(json.loads((folder / "summary.json").read_text(encoding="utf-8")), "summary.json")
-    found |= {path.name: path.read_bytes() for path in folder.glob("*.png")}
-    return found | {"files": sorted(path.name for path in folder.iterdir())}
-
-
-def flat(value: Any, name: str) -> dict[str, Any]:
-    if isinstance(value, torch.Tensor):
-        return {name: (value.dtype, value.shape, value.contiguous().flatten().view(torch.uint8).numpy().tobytes())}
-    if isinstance(value, dict | list | tuple):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        parts = [flat(part, f"{name}/{key}") for key, part in items if key not in CLOCK]
-        return functools.reduce(dict.__or__, parts, {f"{name}/": len(value)})
-    return {name: value}
-
-
-def tensors(value: Any) -> list[torch.Tensor]:
-    """All tensors in nested dicts and lists."""
-    if isinstance(value, dict | list | tuple):
-        parts = value.values() if isinstance(value, dict) else value
-        return [tensor for part in parts for tensor in tensors(part)]
-    return [value] if isinstance(value, torch.Tensor) else []
-
-
-def hashes(folder: Path, pattern: str = "*") -> dict[str, str]:
-    """MD5 of each file in a folder, to see that none has changed."""
-    return {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in folder.glob(pattern) if path.is_file()}
-
-
-def differences(folder: Path, reference: Path) -> list[str]:
-    """Names of what differs between two finished runs."""
-    ours, theirs = remains(folder), remains(reference)
-    return sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))
-
-
-# runs in processes forked from one that has PyTorch loaded
-
-
-def run(argv: Sequence[str], log: Path, *prepare: Prepare) -> int:
-    """Train in a process of its own after calling `prepare` there. Returns its status, negative if a signal ended it.
-
-    What it prints goes into `log`, which begins anew. After two minutes it is ended by SIGALRM.
-    """
-    server = _server()
-    pickle.dump((list(argv), log, prepare), server.stdin)
-    server.stdin.flush()
-    return int(server.stdout.readline())
-
-
-@functools.cache
-def _server() -> subprocess.Popen:
-    """A process that has PyTorch loaded and one thread only, so that it may be forked."""
-    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", "import faults; faults.serve()"]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-
-
-def serve() -> None:
-    """Fork a process for each request on stdin, one after the other, and print how it ended, until stdin ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with contextlib.suppress(EOFError):
-        while True:
-            argv, log, prepare = pickle.load(sys.stdin.buffer)
-            reader, writer = os.pipe()  # rather than a file, on which a child's limits would bear
-            child = os.fork()
-            if not child:
-                _train(argv, writer, prepare)
-            os.close(writer)
-            with open(reader, "rb") as output:
-                log.write_bytes(output.read())
-            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-
-
-def _train(argv: list[str], output: int, prepare: Iterable[Prepare]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.alarm(120)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.close(output)
-    status = 99
-    try:
-        for function in prepare:
-            function()
-        status = errors.report(functools.partial(train.main, argv))
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
-
-
-def tiny(pictures: bool = False) -> None:
-    """Train on 32 and validate on 8 of the demo's pictures: half a second. A plot's file holds its title only."""
-    torch.set_num_threads(1)
-    images, labels = demo.draw("train", 5)
-    classes = torch.from_numpy(labels).long() - 1
-    found = data.DataSet(torch.from_numpy(images.swapaxes(2, 3).copy()), classes, demo.DEMO_CLASSES)
-    parts = data.split_indices(found.labels)
-    dataset.load = lambda *_: (found, *parts)
-    if not pictures:
-        plots.Figure.savefig = lambda figure, path, **_: path.write_text(figure.get_suptitle())
-
-
-def before(name: str, call: int, action: Prepare) -> None:
-    """Have `action` happen before the `call`-th call, from 1, of `module.function` or `module.Class.method`."""
-    module, *owners, attribute = name.split(".")
-    owner = functools.reduce(getattr, owners, importlib.import_module(module))
-    original, calls = getattr(owner, attribute), 0
-
-    @functools.wraps(original)
-    def replacement(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            action()
-        return original(*args, **kwargs)
-
-    setattr(owner, attribute, replacement)
-
-
-def limit_files(size: int) -> None:
-    """Let no file grow beyond `size` bytes: what writes more meets an error, as on a full disk."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-
-
-def send(*numbers: int) -> None:
-    """Send signals to this process."""
-    for number in numbers:
-        os.kill(os.getpid(), number)
-
+from harness import checkpoint
 
 # kills at every step of every write
 
@@ -347,11 +174,11 @@ def main(argv: list[str] | None = None) -> int:
     asked = parser.parse_args(argv)
     chance = random.Random(asked.seed)
     with tempfile.TemporaryDirectory() as temporary:
-        for number, (name, flags) in enumerate(RECIPES.items()):
+        for number, (name, flags) in enumerate(RUNS.items()):
             folder = Path(temporary) / str(number)
             folder.mkdir()
             began = time.monotonic()
-            killed = kill_at_random(folder / "random", flags, (asked.tries + number) // len(RECIPES), chance)
+            killed = kill_at_random(folder / "random", flags, (asked.tries + number) // len(RUNS), chance)
             report(f"{name}: killed at random moments", killed, time.monotonic() - began)
             began, argv = time.monotonic(), [*flags, *TINY]
             reference = folder / "reference" / "run"
@@ -374,6 +201,6 @@ def report(title: str, killed: Counter, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    import faults  # under the name by which the server knows its functions
+    import kill_runs  # under the name by which the server knows its functions
 
-    sys.exit(faults.main())
+    sys.exit(kill_runs.main())
