@@ -111,7 +111,7 @@ def _with_interval(accuracy: float, images: int) -> str:
 def notes(runs: list[Run]) -> list[str]:
     """What the reader of the table must know."""
     said = ["the best val accuracy is selected on the very images that it is of; the last is not"]
-    splits = ("split_seed", "val_fraction", "fold")
+    splits = ("split_seed", "val_fraction", "fold", "tune_fold")
     validated = {
         repr((run.recipe.name == "demo", run.images, *(getattr(run.recipe, name) for name in splits))) for run in runs
     }

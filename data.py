@@ -23,6 +23,7 @@ from harness.errors import RunError, reason
 
 FOLDER = "stl10_binary"
 FOLDS_FILE = "fold_indices.txt"
+TUNE_FOLDS = 5  # into which `tune_indices` parts the training images
 SIDE = 96  # pixels
 IMAGE_BYTES = 3 * SIDE * SIDE
 CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")  # label 1 first
@@ -65,12 +66,14 @@ class DataSet:
     """`images` uint8 (N, 3, H, W), rows first; `labels` int64 (N,), from 0; `classes[label]` is a label's name.
 
     `digest` identifies a user's own pictures; it is empty for files that are checked against `specs`.
+    `given_split`: int64 indices that train and that validate, where the files themselves say so.
     """
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
     digest: str = ""
+    given_split: tuple[Tensor, Tensor] | None = None
 
 
 def load(data_dir: Path, split: str, specs: Specs = OFFICIAL, classes: tuple[str, ...] = CLASSES) -> DataSet:
@@ -134,6 +137,25 @@ def split_indices(labels: Tensor | Sequence[int], seed: int = 1337, val_fraction
         train += indices[:-val_count]
         val += indices[-val_count:]
     return _ascending(train), _ascending(val)
+
+
+def tune_indices(labels: Tensor, train: Tensor, fold: int) -> tuple[Tensor, Tensor]:
+    """Split the training images once more, to choose settings by: (train, val), int64, ascending indices.
+
+    Of each class every fifth of its members among `train`, from number `fold` (0 … TUNE_FOLDS - 1) on, validates; the
+    members are in ascending order. So over all folds each training image validates once, and no others ever do.
+    `labels` are those of all images, int64 (N,). Raises ValueError for another fold, or a class of fewer than five.
+    """
+    if not 0 <= fold < TUNE_FOLDS:
+        raise ValueError(f"fold must lie between 0 and {TUNE_FOLDS - 1}, not {fold}")
+    ordered = train.sort().values
+    validates = torch.zeros(len(ordered), dtype=torch.bool)
+    for label in labels[ordered].unique():
+        places = (labels[ordered] == label).nonzero()[:, 0]
+        if len(places) < TUNE_FOLDS:
+            raise ValueError(f"class {label} has {len(places)} training images: {TUNE_FOLDS} folds need {TUNE_FOLDS}")
+        validates[places[fold::TUNE_FOLDS]] = True
+    return ordered[~validates], ordered[validates]
 
 
 def fold_indices(data_dir: Path, fold: int, count: int, specs: Specs = OFFICIAL) -> tuple[Tensor, Tensor]:

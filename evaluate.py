@@ -32,6 +32,12 @@ from harness.images import load_for_network, load_test_images, recorded_source
 from harness.machine import Machine, start_machine
 
 CHUNK = 250  # images between two ticks of the progress bar
+ONE_SEED_AND_SPLIT = {
+    "seed": 0,
+    "split_seed": 0,
+    "fold": None,
+    "tune_fold": None,
+}  # in which networks to average differ
 
 
 class Scored(NamedTuple):
@@ -56,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     for members in [networks] if args.ensemble else [[network] for network in networks]:
         entry, scored = evaluate(members, args, machine)
         entries.append(entry)
-    if len({dataclasses.replace(network.recipe, seed=0, split_seed=0, fold=None) for network in networks}) > 1:
+    if len({dataclasses.replace(network.recipe, **ONE_SEED_AND_SPLIT) for network in networks}) > 1:
         print("warning: these networks differ in more than their seeds and splits", file=sys.stderr)
     print(report.text(entries))
     whole = {"split": args.split, "protocol": args.protocol, **machine.as_dict(), "networks": entries}

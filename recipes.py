@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from augment import ViewOptions
-from data import AUGMENTATIONS
+from data import AUGMENTATIONS, TUNE_FOLDS
 from model import NETWORKS, PARAMETER_BUDGET, ResNet, WideNet, build_model
 from scheduler import restart_rate, warmup_cosine_rate
 
@@ -74,6 +74,12 @@ class Recipe:
     train_on: str = option("images to train on; all keeps none for validation", "train", choices=("train", "all"))
     val_fraction: float = option("share of each class's images that validate", 0.2, above=0.0, high=0.9)
     fold: int | None = option("train on this official fold's 1,000 images, validate on the others", None, low=0, high=9)
+    tune_fold: int | None = option(
+        "choose settings without the validation images: of the training images, validate on this fifth of each class",
+        None,
+        low=0,
+        high=TUNE_FOLDS - 1,
+    )
     image_size: int = option("side in px to which the pictures of --images are brought", 96, low=32, high=1024)
     init: str = option("checkpoint whose weights to start from", "")
 
@@ -126,6 +132,9 @@ class Recipe:
             raise ValueError(f"last_pool is a part of network wide: for {self.network} add --last-pool")
         if self.fold is not None and self.train_on == "all":
             raise ValueError("fold and train_on all exclude each other: a fold says which images to train on")
+        if self.tune_fold is not None and (self.fold is not None or self.train_on == "all"):
+            other = "train_on all" if self.fold is None else "fold"
+            raise ValueError(f"tune_fold and {other} exclude each other: each says which images to train on")
 
     @property
     def epochs(self) -> int:

@@ -155,6 +155,7 @@ def default_run_folder(recipe: Recipe, runtime: Runtime) -> Path:
     """Where the run is kept: `--out`, or a name made of what tells it from others."""
     images = f"{runtime.images.resolve().name}-" if runtime.images else ""
     fold = "" if recipe.fold is None else f"-fold{recipe.fold}"
+    fold += "" if recipe.tune_fold is None else f"-tunefold{recipe.tune_fold}"
     return runtime.out or Path("runs") / f"{images}{recipe.name}{fold}-seed{recipe.seed}"
 
 

@@ -1,5 +1,6 @@
 """Which images a run is about: STL-10's, the demo's, or a folder of the user's own; which train and which validate."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -31,36 +32,55 @@ def load_images(
     They come from the folder `images` if one is given, else from `data_dir`; official files that are missing there
     are fetched first, with `fetch`. Raises RunError.
     """
-    dataset, parts = _read(recipe, data_dir, images, fetch)
-    count = len(dataset.labels)
-    if recipe.train_on == "all":
-        return dataset, torch.arange(count), torch.arange(0)
-    if parts is None and recipe.fold is not None:
-        parts = data.fold_indices(data_dir, recipe.fold, count)
-    if parts is None:
-        for name, images_of_class in zip(dataset.classes, dataset.labels.bincount().tolist(), strict=True):
-            if images_of_class < 2:
-                raise RunError(f"class {name} has one picture only; a split into train and val needs two or more")
-        parts = data.split_indices(dataset.labels, recipe.split_seed, recipe.val_fraction)
-    return dataset, *parts
+    dataset = _read(recipe, data_dir, images, fetch)
+    return dataset, *split_by(recipe, dataset, data_dir)
 
 
-def _read(
-    recipe: Recipe, data_dir: Path, images: Path | None, fetch: bool
-) -> tuple[DataSet, tuple[Tensor, Tensor] | None]:
-    """All training and validation images, and the split if the files themselves state one."""
+def _read(recipe: Recipe, data_dir: Path, images: Path | None, fetch: bool) -> DataSet:
+    """All training and validation images."""
     if images is not None:
-        return picture_folder.load(images, recipe.image_size)
+        dataset, given_split = picture_folder.load(images, recipe.image_size)
+        return dataclasses.replace(dataset, given_split=given_split)
     if recipe.name == DEMO.name:
-        return demo_shapes.load(data_dir, "train"), None
+        return demo_shapes.load(data_dir, "train")
     try:
-        return data.load(data_dir, "train"), None
+        return data.load(data_dir, "train")
     except data.MissingFiles as missing:
         if not fetch:
             raise
         print(missing)
         download.fetch(data_dir)
-        return data.load(data_dir, "train"), None
+        return data.load(data_dir, "train")
+
+
+def split_by(recipe: Recipe, dataset: DataSet, data_dir: Path) -> tuple[Tensor, Tensor]:
+    """The int64 indices of a data set's images that train by a recipe, and of those that validate.
+
+    The file of the official folds is looked for in `data_dir`. Raises RunError.
+    """
+    count = len(dataset.labels)
+    if recipe.train_on == "all":
+        return torch.arange(count), torch.arange(0)
+    if dataset.given_split is not None:
+        train, val = dataset.given_split
+    elif recipe.fold is not None:
+        return data.fold_indices(data_dir, recipe.fold, count)
+    else:
+        _require_per_class(2, dataset, torch.arange(count), "a split into train and val needs two or more")
+        train, val = data.split_indices(dataset.labels, recipe.split_seed, recipe.val_fraction)
+    if recipe.tune_fold is None:
+        return train, val
+    _require_per_class(data.TUNE_FOLDS, dataset, train, "--tune-fold needs five or more of a class to train on")
+    return data.tune_indices(dataset.labels, train, recipe.tune_fold)
+
+
+def _require_per_class(least: int, dataset: DataSet, indices: Tensor, need: str) -> None:
+    """Raise RunError that names a class of fewer than `least` of the images `indices`."""
+    counts = dataset.labels[indices].bincount(minlength=len(dataset.classes)).tolist()
+    for name, count in zip(dataset.classes, counts, strict=True):
+        if count < least:
+            pictures = "one picture only" if count == 1 else f"{count} pictures only"
+            raise RunError(f"class {name} has {pictures}; {need}")
 
 
 def load_test_images(trained: TrainedNetwork, source: Source) -> DataSet:

@@ -45,6 +45,7 @@ def about(member: TrainedNetwork) -> Entry:
         "seed": member.recipe.seed,
         "split_seed": member.recipe.split_seed,
         "fold": member.recipe.fold,
+        "tune_fold": member.recipe.tune_fold,
         "epoch": member.epoch,
         "epochs": member.recipe.epochs,
         "selected_on_val": member.selected,
