@@ -76,9 +76,9 @@ def test_training_is_that_of_the_plain_network(optimizer: str):
     losses = []
     for padded in (True, False):
         trainer = Trainer(recipe, 10, PLAIN)
-        assert isinstance(trainer.step_model, PaddedChannels)
+        assert isinstance(trainer.form.net, PaddedChannels)
         if not padded:
-            trainer.step_model = trainer.net
+            trainer.form.net = trainer.net
         trainer.begin_stage(stage, len(images))
         losses.append(trainer.train_epoch(images, labels, draws, stage, 32, lambda: None).losses)
     torch.testing.assert_close(*losses, atol=1e-4, rtol=1e-4)
@@ -87,10 +87,10 @@ def test_training_is_that_of_the_plain_network(optimizer: str):
 def test_the_stem_with_most_filters_has_a_twin_too():
     """The wider twin's would have more than there are."""
     recipe = dataclasses.replace(RECIPES["cpu"], layers=(1, 1, 1), planes=(193, 32, 32))
-    assert isinstance(Trainer(recipe, 10, PLAIN).step_model, PaddedChannels)
+    assert isinstance(Trainer(recipe, 10, PLAIN).form.net, PaddedChannels)
 
 
 @pytest.mark.parametrize("network", [{"planes": (8, 8, 8)}, {"planes": (16, 32, 48)}])
 def test_widths_that_fit_already_are_left_alone(network: dict[str, Any]):
     trainer = Trainer(dataclasses.replace(RECIPES["original"], layers=(1, 1, 1), **network), 10, PLAIN)
-    assert trainer.step_model is trainer.net
+    assert trainer.form.net is trainer.net

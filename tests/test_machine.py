@@ -62,17 +62,37 @@ def test_compile_needs_a_compiler(restored, monkeypatch):
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_processes_share_each_batch_equally(world: int):
-    machines = [Machine(CPU, torch.float32, False, rank, world) for rank in range(world)]
+    machines = [Machine(CPU, torch.float32, compile=False, rank=rank, world=world) for rank in range(world)]
     for step in range(3):
         rows = [row for machine in machines for row in range(100)[machine.share_of_batch(step, 8)]]
         assert rows == list(range(8 * step, 8 * step + 8))
     assert [machine.leads for machine in machines] == [True] + [False] * (world - 1)
 
 
-def test_what_is_recorded_of_a_machine_is_in_its_words(restored):
+def test_what_is_recorded_of_a_machine_is_in_its_words(restored, capsys):
     torch.set_num_threads(1)
     machine = Machine(CPU, torch.bfloat16, compile=False, world=2)
     assert str(machine) == f"{machine.name}, bf16" and machine.name.endswith(", 1 threads")
-    expected = {"device": "cpu", "threads": 1, "precision": "bf16", "compile": False, "processes": 2}
-    assert machine.as_dict() == {"machine": machine.name, **expected}
-    assert dataclasses.replace(machine, precision=torch.float32).as_dict()["precision"] == "fp32"
+    machine.note("it is slow")
+    machine.note("it is slow")
+    assert machine.as_dict() == {
+        "machine": machine.name,
+        "device": "cpu",
+        "threads": 1,
+        "precision": "bf16",
+        "compile": False,
+        "graphs": False,
+        "processes": 2,
+        "notes": ["it is slow"],
+    }
+    assert capsys.readouterr().out == "note: it is slow\n"
+    dataclasses.replace(machine, rank=1).note("only the leader speaks")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "name, precision", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
+)
+def test_precisions_are_named_in_words(name: str, precision: torch.dtype):
+    machine = Machine(CPU, precision, compile=False)
+    assert str(machine).endswith(f", {name}") and machine.as_dict()["precision"] == name

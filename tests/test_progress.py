@@ -77,12 +77,12 @@ def test_compilation_is_no_part_of_a_rate_and_is_announced_once_a_crop_size(cloc
 
 
 def test_the_forecast_comes_once_a_stage_from_the_leader_alone(clock: Clock, capsys):
-    watch = of(two_stages())
+    watch = of(two_stages(), images=1_000)
     for epochs_done in range(5):
         run_epoch(watch, clock, [1.0] * 50, epochs_done)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" ends")[0] for line in lines] == ["8 samples/s: stage 1", "8 samples/s: stage 2"]
-    follower = of(two_stages(), dataclasses.replace(PLAIN, rank=1, world=2, compile=True))
+    follower = of(two_stages(), images=1_000, machine=dataclasses.replace(PLAIN, rank=1, world=2, compile=True))
     run_epoch(follower, clock, [1.0] * 50)
     assert capsys.readouterr().out == ""
 
@@ -120,4 +120,10 @@ def test_a_long_run_on_a_cpu_is_advised_of_shorter_ones(device: str, advised: bo
     _, *advice = watch.forecast(0, 0.5).splitlines()
     expected = f"that is long for a CPU; --recipe cpu would take about {duration(seconds)}, --demo one minute"
     assert advice == ([expected] if advised else [])
-    assert len(watch.forecast(0, 1e6).splitlines()) == 1
+    assert len(watch.forecast(0, 20.0).splitlines()) == 1
+
+
+def test_there_is_no_forecast_of_a_run_that_ends_within_a_minute():
+    watch = of(two_stages(), images=1_000)
+    last_epoch = 1_000 / 60
+    assert watch.forecast(4, 0.99 * last_epoch) != "" and watch.forecast(4, 1.01 * last_epoch) == ""
