@@ -3,7 +3,8 @@
 
 python3 evaluate.py runs/original-seed0                          # on the run's own validation images
 python3 evaluate.py runs/original-seed0 --size 80 96 112 144     # accuracy against size
-python3 evaluate.py runs/cpu-seed0 runs/cpu-seed1                # mean and standard deviation
+python3 evaluate.py runs/cpu-seed0 runs/cpu-seed1                # mean and standard deviation, and which is better
+python3 evaluate.py runs/new-seed* --against runs/old-seed*      # pairs of networks on the same images
 python3 evaluate.py runs/original-seed0 --split test             # at the very end
 """
 
@@ -30,14 +31,10 @@ from harness.cli import machine_settings, network_parser, whole_number
 from harness.errors import RunError
 from harness.images import load_for_network, load_test_images, recorded_source
 from harness.machine import Machine, start_machine
+from harness.report import Evaluation
 
 CHUNK = 250  # images between two ticks of the progress bar
-ONE_SEED_AND_SPLIT = {
-    "seed": 0,
-    "split_seed": 0,
-    "fold": None,
-    "tune_fold": None,
-}  # in which networks to average differ
+AVERAGED_OVER = {"seed": 0, "split_seed": 0, "fold": None, "tune_fold": None}  # settings that may differ in a mean
 
 
 class Scored(NamedTuple):
@@ -53,23 +50,29 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     paths = check(parser, args)
     machine = start_machine(machine_settings(parser, args))
-    networks = [checkpoint.load_network(path) for path in paths]
-    for network in networks:
-        network.model.to(machine.device)
+    sides = [[checkpoint.load_network(path) for path in side] for side in paths]
+    networks = sides[0]
     out = args.out or default_folder(args, networks)
     files.make_folder(out)
-    entries, scored = [], None
-    for members in [networks] if args.ensemble else [[network] for network in networks]:
-        entry, scored = evaluate(members, args, machine)
-        entries.append(entry)
-    if len({dataclasses.replace(network.recipe, **ONE_SEED_AND_SPLIT) for network in networks}) > 1:
-        print("warning: these networks differ in more than their seeds and splits", file=sys.stderr)
-    print(report.text(entries))
-    whole = {"split": args.split, "protocol": args.protocol, **machine.as_dict(), "networks": entries}
-    whole |= {"over the networks": report.over_networks(entries)} if len(entries) > 1 else {}
+    evaluated: list[list[Evaluation]] = []
+    for side in sides:
+        evaluated.append([])
+        for members in [side] if args.ensemble else [[network] for network in side]:
+            evaluation, scored = evaluate(members, args, machine)
+            evaluated[-1].append(evaluation)
+        if len({dataclasses.replace(network.recipe, **AVERAGED_OVER) for network in side}) > 1:
+            print("warning: these networks differ in more than their seeds and splits", file=sys.stderr)
+    entries, *opposed = [[evaluation.entry for evaluation in side] for side in evaluated]
+    print(report.text(entries, *opposed))
+    pairs = compare(evaluated, args)
+    whole = {"split": args.split, "protocol": args.protocol, **machine.as_dict(), **report.side(entries)}
+    whole |= {"against": report.side(opposed[0])} if opposed else {}
+    if pairs:
+        print(report.pairs_text(pairs))
+        whole["pairs"] = pairs
     files.write_text(out / "report.json", json.dumps(whole, indent=2) + "\n")
     report.clear_pictures(out)
-    if len(entries) == 1 and args.protocol == "clean":
+    if len(entries) == 1 and not opposed and args.protocol == "clean":
         report.draw(out, entries[0], networks[0].classes, *scored)
     print(f"report: {out / 'report.json'}")
     return 0
@@ -85,6 +88,15 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="RUN_OR_CHECKPOINT",
         help="run folder or checkpoint; several are scored one by one, with mean and standard deviation",
+    )
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="RUN_OR_CHECKPOINT",
+        help="as many others, each compared with the network of its place on the same images, and the pairs together "
+        "by McNemar's test; two networks alone are compared without it, the second against the first",
     )
     parser.add_argument(
         "--split",
@@ -123,19 +135,27 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Path]:
-    """The checkpoint files that are meant. Options that exclude each other end the process with status 2."""
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[list[Path]]:
+    """The checkpoint files that are meant, and those to compare them with, if any.
+
+    Options that exclude each other end the process with status 2.
+    """
     if args.protocol == "original":
-        for flag, used in (("ensemble", args.ensemble), ("tta", args.tta), ("split test", args.split == "test")):
+        excluded = {"ensemble": args.ensemble, "tta": args.tta, "split test": args.split == "test"}
+        for flag, used in (excluded | {"against": args.against}).items():
             if used:
                 parser.error(f"--protocol original and --{flag} exclude each other")
     if args.size and len(args.size) > 1 and (args.protocol == "original" or args.split == "test"):
         parser.error("several sizes are compared on clean val images only: the test images choose nothing")
     args.size = sorted(set(args.size)) if args.size else [None]
-    if args.ensemble and len(args.networks) < 2:
+    sides = [side for side in (args.networks, args.against) if side]
+    if args.ensemble and any(len(side) < 2 for side in sides):
         parser.error("--ensemble takes two networks or more")
-    paths = [checkpoint.weights_file(path, args.best) for path in args.networks]
-    if len({path.resolve() for path in paths}) < len(paths):
+    if args.against and not args.ensemble and len(args.against) != len(args.networks):
+        parser.error(f"--against takes as many networks as stand before it, {len(args.networks)}: pairs are compared")
+    paths = [[checkpoint.weights_file(path, args.best) for path in side] for side in sides]
+    every = [path.resolve() for side in paths for path in side]
+    if len(set(every)) < len(every):
         parser.error("the same network is given twice")
     return paths
 
@@ -145,33 +165,57 @@ def default_folder(args: argparse.Namespace, networks: list[TrainedNetwork]) -> 
     file = networks[0].file
     parts = ["evaluation", args.split] + ([] if file.name == "last.pt" else [file.stem])
     parts += ["ensemble"] if args.ensemble else []
+    parts += ["against"] if args.against else []
     parts += ["original"] if args.protocol == "original" else []
     return (file.parent if len(networks) == 1 else file.parent.parent) / "-".join(parts)
 
 
-def evaluate(
-    members: list[TrainedNetwork], args: argparse.Namespace, machine: Machine
-) -> tuple[dict[str, Any], Scored]:
-    """Score one network, or several as one, at each size: the report's entry, and the scores that are drawn."""
+def compare(sides: list[list[Evaluation]], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The comparison at each size of those before --against with those behind it, or of a second with a first.
+
+    Raises RunError where --against was given, but a pair was not scored on the same images.
+    """
+    if args.against:
+        ours, baselines = sides
+    elif len(sides[0]) == 2 and args.protocol == "clean":
+        baselines, ours = sides[0][:1], sides[0][1:]
+    else:
+        return []
+    for own, baseline in zip(ours, baselines, strict=True):
+        if own.entry["images_sha256"] != baseline.entry["images_sha256"]:
+            if not args.against:
+                return []
+            raise RunError(
+                f"{own.entry['name']} and {baseline.entry['name']} were not scored on the same images, so they are no "
+                "pair; --against takes the networks in the order of those before it"
+            )
+    return report.pairs(ours, baselines)
+
+
+def evaluate(members: list[TrainedNetwork], args: argparse.Namespace, machine: Machine) -> tuple[Evaluation, Scored]:
+    """Score one network, or several as one, at each size: what is reported, and the scores that are drawn."""
+    for member in members:
+        member.model.to(machine.device)
     images, labels = (part.to(machine.device) for part in images_of(members, args))
     print(f"{report.name(members)}: {len(labels):,} {args.split} images, {machine}", flush=True)
     if args.split == "test":
         scoring_ledger.warn([member.file.parent for member in members])
-    about, results, shown = [report.about(member) for member in members], [], 0
+    about, results, right, shown = [report.about(member) for member in members], [], [], 0
     for size in args.size:
         if args.protocol == "original":
             how, scores, truth = score_original(members[0], images, labels, size, machine)
         else:
             how, scores, truth = *score_clean(members, images, size, args.tta, machine), labels
         results.append(how | metrics.figures(scores, truth, members[0].classes, len(images)))
+        right.append((scores.argmax(1) == truth).cpu())
         if len(results) == 1 or size == members[0].eval_size:
             shown, scored = len(results) - 1, Scored(images, labels, scores)
-    entry = report.entry(members, about, args.split, results, shown)
+    entry = report.entry(members, about, args.split, results, shown) | {"images_sha256": report.digest(images, labels)}
     if args.split == "test":
         for member, facts in zip(members, about, strict=True):
             result = {key: results[0][key] for key in ("size", "tta", "accuracy")}
             scoring_ledger.add(member.file.parent, **facts, ensemble_of=len(members), **result)
-    return entry, scored
+    return Evaluation(entry, right), scored
 
 
 def images_of(members: list[TrainedNetwork], args: argparse.Namespace) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,23 @@ def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def mcnemar(first_alone: int, second_alone: int) -> float:
+    """McNemar's exact test (Psychometrika 12, 1947): are two networks, scored on the same images, equally good?
+
+    Of the images that only one of them answers rightly, the first has `first_alone` and the second `second_alone`.
+    Returns the two-sided p-value: how probable so uneven a division or a more uneven one is, were each of these images
+    a fair coin's. Raises ValueError for a negative count.
+    """
+    if first_alone < 0 or second_alone < 0:
+        raise ValueError(f"counts are from 0 up, not {first_alone} and {second_alone}")
+    coins = first_alone + second_alone
+    ways = tail = 1  # in which 0 of the coins show heads; in whole numbers, which do not underflow
+    for heads in range(min(first_alone, second_alone)):
+        ways = ways * (coins - heads) // (heads + 1)
+        tail += ways
+    return min(1.0, 2 * tail / 2**coins)
+
+
 def confusion(predictions: Tensor, labels: Tensor, classes: int) -> Tensor:
     """Counts int64 (K, K) on the CPU: row true class, column predicted, from int64 (N,) each."""
     return torch.bincount((labels * classes + predictions).cpu(), minlength=classes**2).view(classes, classes)

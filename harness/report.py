@@ -4,8 +4,9 @@ import hashlib
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from harness import metrics, plots, scoring
@@ -16,6 +17,13 @@ from model import PARAMETER_BUDGET, count_parameters
 MISTAKES = 32  # on the sheet
 PICTURES = ("confusion.png", "per_class.png", "mistakes.png", "reliability.png", "sizes.png")
 Entry = dict[str, Any]
+
+
+class Evaluation(NamedTuple):
+    """What `entry` says of a network or an ensemble, and its right answers, bool (n,) on the CPU, at each size."""
+
+    entry: Entry
+    right: list[Tensor]
 
 
 def name(members: Sequence[TrainedNetwork]) -> str:
@@ -52,6 +60,13 @@ def about(member: TrainedNetwork) -> Entry:
     }
 
 
+def digest(images: Tensor, labels: Tensor) -> str:
+    """SHA-256 of the images uint8 (N, 3, H, W) and labels int64 (N,) that were scored, in this order."""
+    known = hashlib.sha256(images.cpu().contiguous().numpy().data)
+    known.update(labels.cpu().numpy().data)
+    return known.hexdigest()
+
+
 def _notes(members: Sequence[TrainedNetwork], split: str, results: list[Entry]) -> list[str]:
     """What the reader of a figure must know, one sentence each."""
     notes = []
@@ -86,8 +101,12 @@ def _notes(members: Sequence[TrainedNetwork], split: str, results: list[Entry]) 
     return notes
 
 
-def text(entries: Sequence[Entry]) -> str:
-    """Table and notes for the terminal: accuracy by class of one network, mean and spread of several."""
+def text(*sides: Sequence[Entry]) -> str:
+    """Table and notes for the terminal: accuracy by class of one network, mean and spread of several.
+
+    Entries come in one list, or in one before and one behind --against.
+    """
+    entries = [entry for side in sides for entry in side]
     rows = [_row(entry, result) for entry in entries for result in entry["results"]]
     header = ("network", "size", "tta", "accuracy", "95% interval", "loss", "calibration error")
     lines = [table(header, rows)]
@@ -96,7 +115,7 @@ def text(entries: Sequence[Entry]) -> str:
         classes = sorted((share, name) for name, share in result["per_class"].items() if share is not None)
         listed = ", ".join(f"{name} {share:.1%}" for share, name in classes)
         lines.append(f"by class at {result['size']} px, worst first: {listed}")
-    for row in over_networks(entries) if len(entries) > 1 else ():
+    for row in (row for side in sides if len(side) > 1 for row in over_networks(side)):
         lines.append(
             f"accuracy {row['mean']:.1%} ± {row['standard_deviation']:.1%} at {row['size']} px "
             f"(mean and standard deviation of {row['networks']} networks)"
@@ -132,6 +151,48 @@ def over_networks(entries: Sequence[Entry]) -> list[Entry]:
             }
         )
     return together
+
+
+def pairs(networks: Sequence[Evaluation], against: Sequence[Evaluation]) -> list[Entry]:
+    """McNemar's test of networks and as many others, each pair scored on the same images, at each size."""
+    rows = []
+    for index in range(len(networks[0].right)):
+        ours, theirs = (torch.cat([each.right[index] for each in side]) for side in (networks, against))
+        ours_alone, theirs_alone = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+        rows.append(
+            {
+                "networks": [each.entry["name"] for each in networks],
+                "against": [each.entry["name"] for each in against],
+                "size": shared([each.entry["results"][index]["size"] for each in (*networks, *against)]),
+                "images": len(ours),
+                "networks_alone_right": ours_alone,
+                "against_alone_right": theirs_alone,
+                "p_value": metrics.mcnemar(ours_alone, theirs_alone),
+            }
+        )
+    return rows
+
+
+def pairs_text(rows: Sequence[Entry]) -> str:
+    """One line for each size of what `pairs` found, and what the reader must know."""
+    lines = []
+    for row in rows:
+        count, (name, *_), (other, *_) = len(row["networks"]), row["networks"], row["against"]
+        ours, theirs = f"{name} is", f"{other} is"
+        if count > 1:
+            ours, theirs = f"over {count} pairs the networks before --against are", "those behind it are"
+        lines.append(
+            f"{ours} right on {row['networks_alone_right']} images where {theirs} wrong, the reverse "
+            f"{row['against_alone_right']}, p = {row['p_value']:.2g} (McNemar's exact test at {row['size']} px)"
+        )
+    if count > 1:
+        lines.append("note: pairs that share images are not independent of each other, and p is too small then")
+    return "\n".join(lines)
+
+
+def side(entries: list[Entry]) -> Entry:
+    """Entries as they stand in the report, with what is said of all of them where there are several."""
+    return {"networks": entries} | ({"over the networks": over_networks(entries)} if len(entries) > 1 else {})
 
 
 def shared(values: Sequence[Any]) -> Any:
