@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from harness import checkpoint, files, picture_file, plots, scoring, text
+from harness import checkpoint, files, picture_file, picture_search, plots, scoring, text
 from harness.checkpoint import TrainedNetwork
 from harness.cli import machine_settings, network_parser, whole_number
 from harness.errors import RunError
 from harness.machine import Machine, start_machine
+from harness.picture_search import HARMLESS, PassedOver
 
 BATCH = 64  # pictures that are scored together
 ON_SHEET = 120  # pictures
@@ -91,13 +92,22 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def gather(named: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:
-    """The files that are named, and all pictures in the folders that are; folders without any, with the reason."""
+    """The files that are named, all pictures in the folders that are, and by path why something cannot be looked at."""
     paths, skipped = [], {}
     for path in named:
-        found = picture_file.find(path) if path.is_dir() else [path]
+        if not path.is_dir():
+            paths.append(path)
+            continue
+        passed = PassedOver()
+        found = picture_search.find(path, passed)
         paths += found
-        if not found:
-            skip(skipped, path, f"{path} holds no pictures")
+        lost = passed.possible_pictures()
+        for other, why in lost:
+            skip(skipped, other, f"{text.printable(other)}: {why}")
+        for line in passed.lines(path, HARMLESS):
+            print(line, file=sys.stderr)
+        if not found and not lost:
+            skip(skipped, path, f"{text.printable(path)} holds no pictures")
     return list(dict.fromkeys(paths)), skipped
 
 

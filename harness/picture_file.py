@@ -1,24 +1,33 @@
-"""Any picture that Pillow opens, as the square of pixels that a network takes; and where in a folder pictures are."""
+"""Any picture that Pillow opens, as the square of pixels that a network takes."""
 
+import contextlib
+import io
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from harness.errors import RunError, reason
+from harness.picture_repair import repaired
+from harness.text import printable
 
-SUFFIXES = frozenset(
-    ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
-)  # what is looked for in a folder; a file that is named itself may be called anything
-
-
-def find(folder: Path) -> list[Path]:
-    """Files with a picture's suffix in a folder and all below it, sorted; names that begin with a dot are passed by."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+# Exif's number for how a camera was held, and what turns the picture upright
+ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # of a TIFF
+# Pillow spreads the values of a PNG of few grey levels over 0 … 255, but not the one that is transparent
+SPREAD = {"L;2": 85, "L;4": 17}
 
 
 def open_square(path: Path, size: int) -> Tensor:
@@ -34,14 +43,15 @@ def open_square(path: Path, size: int) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             warnings.simplefilter("ignore", UserWarning)  # of odd but harmless notes in a file
-            with Image.open(path) as image:
-                picture = _rgb(ImageOps.exif_transpose(image))
+            picture = _read(path)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise RunError(f"{path} is implausibly large: more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
+        raise RunError(
+            f"{printable(path)} is implausibly large: more than {Image.MAX_IMAGE_PIXELS:,} pixels"
+        ) from error
     except UnidentifiedImageError as error:
-        raise RunError(f"{path} is not a picture, or of a kind that Pillow cannot open") from error
+        raise RunError(f"{printable(path)} is not a picture, or of a kind that Pillow cannot open") from error
     except Exception as error:  # on broken files Pillow's readers raise anything from OSError to struct.error
-        raise RunError(f"cannot read {path}: {reason(error)}") from error
+        raise RunError(f"cannot read {printable(path)}: {reason(error)}") from error
     width, height = picture.size
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
@@ -49,22 +59,67 @@ def open_square(path: Path, size: int) -> Tensor:
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 
+def _read(path: Path) -> Image.Image:
+    try:
+        return _decode(path)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise
+    except Exception:
+        with contextlib.suppress(Exception):  # the first error says what is wrong
+            picture = repaired(path.read_bytes(), _decode) if path.is_file() else None
+            if picture is not None:
+                return picture
+        raise
+
+
+def _decode(file: Path | io.BytesIO) -> Image.Image:
+    """The pixels in RGB, upright."""
+    with Image.open(file) as image:
+        _fit_transparent_value(image)
+        image.load()
+        try:
+            turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
+        except Exception:  # as on broken files; where the note cannot be read, there is none
+            turn = None
+        picture = _rgb(image)
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _fit_transparent_value(image: Image.Image) -> None:
+    """A PNG states the value that is transparent in its own depth: bring it to the depth of Pillow's pixels."""
+    value = image.info.get("transparency")
+    if image.format != "PNG" or value is None or not image.tile:
+        return
+    depth = image.tile[0][3]
+    if depth in SPREAD:
+        image.info["transparency"] = value * SPREAD[depth]
+    elif depth == "RGB;16B":
+        image.info["transparency"] = tuple(part >> 8 for part in value)
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
-        image = _eight_bits(np.asarray(image, dtype=np.float64), whole=image.mode != "F")
+        image = _eight_bits(image)
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def _eight_bits(values: np.ndarray, whole: bool) -> Image.Image:
-    """Deep grey values (H, W) to 0 … 255. Whole numbers are 16 bit; white in floats is the least usual that holds them.
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Deep grey values to 0 … 255, what is transparent to white.
 
-    Raises ValueError for values beyond.
+    Of 16 bits white is the largest value, however dark the picture. Files of 32 bits and of floats do not say what
+    white is: the least usual value that holds them. Raises ValueError for values beyond.
     """
+    values = np.asarray(image, dtype=np.float64)
     low, high = values.min(), values.max()
-    white = next((white for white in ((65535,) if whole else (1, 255, 65535)) if high <= white), None)
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    white = next((white for white in ((65535,) if sixteen else (1, 255, 65535)) if high <= white), None)
     if white is None or not low >= 0:  # nan is refused as well
         raise ValueError(f"grey values from {low:g} to {high:g}, of which black and white are not known")
-    return Image.fromarray((values * (255 / white) + 0.5).astype(np.uint8))
+    levels = values * (255 / white)
+    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow heeds it up to 8 bits
+        levels = 255 - levels
+    levels[values == image.info.get("transparency")] = 255
+    return Image.fromarray((levels + 0.5).astype(np.uint8))

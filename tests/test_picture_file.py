@@ -164,16 +164,3 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch, factor):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", int(32 * 48 * factor))
     with pytest.raises(RunError, match="a.png is implausibly large"):
         picture_file.open_square(save(COLOUR, tmp_path / "a.png"), 8)
-
-
-def test_find_looks_everywhere_but_in_hidden_places(tmp_path):
-    names = ["b.JPG", "a.png", "deep/er/c.webp", "notes.txt", ".hidden.png", ".thumbs/d.png", "deep/._c.webp"]
-    for name in names:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "folder.png").mkdir()
-    assert [path.relative_to(tmp_path).as_posix() for path in picture_file.find(tmp_path)] == [
-        "a.png",
-        "b.JPG",
-        "deep/er/c.webp",
-    ]

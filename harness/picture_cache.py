@@ -1,0 +1,115 @@
+"""The squares of a folder's pictures, kept in one hidden file beside them, so that each picture is opened once.
+
+A kept square is taken for a picture whose size, times of change and inode are those of before; else its bytes are read,
+and the square that was made of the same bytes is taken, whatever their file was called. Only the rest are opened.
+"""
+
+import contextlib
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from harness import picture_file
+from harness.errors import RunError, reason
+from harness.files import atomic_write
+from harness.picture_search import CACHE_PREFIX
+from harness.text import printable
+
+VERSION = 2  # of what `picture_file.open_square` gives: squares kept by another version are not used
+
+
+class _Kept(NamedTuple):
+    """What the file holds: `status` and `digests` (SHA-256 of the picture's bytes, hexadecimal) by relative path."""
+
+    status: dict[str, list[int]]
+    digests: dict[str, str]
+    images: np.ndarray  # uint8 (N, 3, size, size), in the order of the two
+
+
+def squares(folder: Path, paths: Sequence[Path], size: int) -> Tensor:
+    """The pictures `paths` below `folder` as uint8 (N, 3, size, size).
+
+    Raises RunError that names the first that cannot be opened.
+    """
+    file = folder / f"{CACHE_PREFIX}{size}px.npz"
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    kept = _read(file, size)
+    status = [_status(path) for path in paths]
+    if kept is not None and list(kept.status.items()) == list(zip(names, status, strict=True)):
+        return torch.from_numpy(kept.images)
+    row_of = {} if kept is None else {digest: row for row, digest in enumerate(kept.digests.values())}
+    known = {} if kept is None else {name: kept.digests[name] for name in names if name in kept.digests}
+    unchanged = {name for name, now in zip(names, status, strict=True) if name in known and kept.status[name] == now}
+    images = np.empty((len(paths), 3, size, size), np.uint8)
+    digests = [known[name] if name in unchanged else "" for name in names]
+
+    def open_one(index: int) -> None:
+        digests[index] = digests[index] or _digest(paths[index])
+        row = row_of.get(digests[index])
+        images[index] = picture_file.open_square(paths[index], size) if row is None else kept.images[row]
+
+    _for_each(open_one, len(paths))
+    index = json.dumps({"version": VERSION, "size": size, "files": list(zip(names, status, digests, strict=True))})
+    try:
+        with atomic_write(file) as temporary, open(temporary, "wb") as written:
+            np.savez(written, index=np.array(index), images=images)
+    except RunError as error:
+        print(f"the pictures have to be opened again each time, as their squares cannot be kept: {error}")
+    return torch.from_numpy(images)
+
+
+def _read(file: Path, size: int) -> _Kept | None:
+    # A damaged file raises anything from OSError to NotImplementedError, and is replaced like one that is not there.
+    with contextlib.suppress(Exception), np.load(file) as archive:  # a zip file, read with its checksums
+        index = json.loads(str(archive["index"]))
+        if (index["version"], index["size"]) == (VERSION, size):
+            status = {name: status for name, status, _ in index["files"]}
+            return _Kept(status, {name: digest for name, _, digest in index["files"]}, archive["images"])
+    return None
+
+
+def _status(path: Path) -> list[int]:
+    """What changes with a file's content, whoever sets its modification time back: its bytes, times and inode."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise RunError(f"cannot read {printable(path)}: {reason(error)}") from error
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def _digest(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise RunError(f"cannot read {printable(path)}: {reason(error)}") from error
+
+
+def _for_each(work: Callable[[int], None], count: int) -> None:
+    """Call `work` for each index on as many threads as PyTorch uses. Raises RunError with the first of its errors."""
+    broken: list[RunError] = []
+
+    def attempt(index: int) -> None:
+        try:
+            work(index)
+        except RunError as error:
+            broken.append(error)
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        # open_square sets these two as well, but threads undo each other's filters
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        list(tqdm(pool.map(attempt, range(count)), "opening pictures", count, leave=False, disable=None))
+    if broken:
+        more = f", and so with {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise RunError(f"{min(map(str, broken))}{more}; repair it or take it out of the folder")

@@ -1,0 +1,135 @@
+"""The pictures below a folder, and whatever else lies there: it is passed over, but never without a word."""
+
+import errno
+import functools
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from harness.errors import reason
+from harness.text import printable
+
+CACHE_PREFIX = ".squares-"  # of the files in which picture_cache keeps what has been read
+# what file systems, archivers and Python leave beside people's files, in lower case
+SYSTEM_FOLDERS = frozenset(
+    ("__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information")
+)
+# formats that Pillow knows without decoding them, or only by running another program
+NOT_DECODED = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"))
+# pictures by their names all the same, should Pillow not read them
+OTHER_PICTURES = frozenset(
+    ".ai .arw .cr2 .cr3 .dng .emf .eps .heic .heif .hif .jxl .nef .orf .ps .raf .rw2 .svg .wmf".split()
+)
+SHOWN = 3  # names of a kind
+
+HIDDEN = "hidden"
+SYSTEM = "left by the system or an archiver"
+OTHER_KIND = "not a picture by its name"
+NOWHERE = "link leads nowhere"
+LOOP = "link leads back to a folder above it"
+NOT_A_FILE = "neither a file nor a folder"
+NOT_READ = "picture of a kind that is not read: convert it"
+HARMLESS = (HIDDEN, SYSTEM, OTHER_KIND)  # what is passed over for another reason may be a picture
+
+
+class PassedOver:
+    """What was passed over, by the reason."""
+
+    def __init__(self) -> None:
+        self.paths: dict[str, list[Path]] = {}
+
+    def add(self, why: str, path: Path) -> None:
+        self.paths.setdefault(why, []).append(path)
+
+    def update(self, other: "PassedOver") -> None:
+        for why, paths in other.paths.items():
+            self.paths.setdefault(why, []).extend(paths)
+
+    def lines(self, folder: Path, reasons: tuple[str, ...] | None = None) -> list[str]:
+        """A line for each reason (of `reasons` only, where given) with the number of paths and the first few names."""
+        lines = []
+        for why, paths in self.paths.items():
+            if reasons is not None and why not in reasons:
+                continue
+            names = ", ".join(printable(path.relative_to(folder)) for path in sorted(paths)[:SHOWN])
+            more = ", …" if len(paths) > SHOWN else ""
+            lines.append(f"{printable(folder)}: passed over {len(paths):,}, {why}{_kinds(paths, why)}: {names}{more}")
+        return lines
+
+    def possible_pictures(self) -> list[tuple[Path, str]]:
+        """Those that may be pictures, or folders of them, each with the reason."""
+        return [(path, why) for why, paths in self.paths.items() if why not in HARMLESS for path in sorted(paths)]
+
+
+def _kinds(paths: list[Path], why: str) -> str:
+    """How many of each suffix, of files that are passed over for their names."""
+    if why not in (OTHER_KIND, NOT_READ) or len(paths) == 1:
+        return ""
+    counts = Counter(path.suffix.lower() or "no suffix" for path in paths).most_common(SHOWN + 2)
+    return f" ({', '.join(f'{suffix} {count:,}' for suffix, count in counts)})"
+
+
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """Suffixes, in lower case, of the pictures that are looked for: all that Pillow decodes by itself."""
+    known = Image.registered_extensions().items()
+    return frozenset(name for name, kind in known if kind in Image.OPEN and kind not in NOT_DECODED) | {".mpo"}
+
+
+def find(folder: Path, passed: PassedOver) -> list[Path]:
+    """All pictures in a folder and below it, by their names, sorted, links followed. The rest goes into `passed`."""
+    return sorted(_find(folder, [], passed))
+
+
+def _find(folder: Path, above: list[tuple[int, int]], passed: PassedOver) -> Iterator[Path]:
+    try:
+        status = os.stat(folder)
+        folders, pictures = look_into(folder, passed)
+    except OSError as error:
+        passed.add(f"folder cannot be read ({reason(error)})", folder)
+        return
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        passed.add(LOOP, folder)
+        return
+    yield from pictures
+    for path in folders:
+        yield from _find(path, [*above, identity], passed)
+
+
+def look_into(folder: Path, passed: PassedOver) -> tuple[list[Path], list[Path]]:
+    """The folders and the pictures directly in a folder, each sorted; the rest goes into `passed`. Raises OSError."""
+    folders, pictures = [], []
+    for name in sorted(os.listdir(folder)):
+        path = folder / name
+        if name.startswith((CACHE_PREFIX, f".{CACHE_PREFIX}")):  # whole or half written
+            continue
+        why, is_folder = _judge(path)
+        if why is not None:
+            passed.add(why, path)
+        else:
+            (folders if is_folder else pictures).append(path)
+    return folders, pictures
+
+
+def _judge(path: Path) -> tuple[str | None, bool]:
+    """Why a path is passed over, None if it is not; and whether it is a folder."""
+    if path.name.startswith("."):
+        return HIDDEN, False
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        nowhere = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+        return NOWHERE if nowhere else f"cannot be looked at ({reason(error)})", False
+    if stat.S_ISDIR(mode):
+        return (SYSTEM if path.name.lower() in SYSTEM_FOLDERS else None), True
+    if not stat.S_ISREG(mode):
+        return NOT_A_FILE, False
+    suffix = path.suffix.lower()
+    if suffix in suffixes():
+        return None, False
+    return (NOT_READ if suffix in OTHER_PICTURES else OTHER_KIND), False

@@ -1,0 +1,162 @@
+"""What is looked for in folders, and that nothing is passed over without a word."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from picture_folders import COLOURS, draw, fill
+from PIL import Image
+
+from harness import picture_file, picture_folder, picture_search
+from harness.errors import RunError
+from harness.picture_search import HARMLESS, PassedOver, find
+
+
+def search(folder: Path) -> tuple[list[str], dict[str, list[str]]]:
+    """Pictures found and what is passed over by the reason, as relative names."""
+    passed = PassedOver()
+    found = [path.relative_to(folder).as_posix() for path in find(folder, passed)]
+    return found, {why: [p.relative_to(folder).as_posix() for p in paths] for why, paths in passed.paths.items()}
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_every_entry_is_found_or_passed_over_for_a_reason(tmp_path):
+    pictures = ["a.png", "b.JPG", "deep/er/c.webp"]
+    touch(
+        tmp_path, *pictures, "notes.txt", "deep/Thumbs.db", "new.heic", ".hidden.png", ".thumbs/d.png", "deep/._c.webp"
+    )
+    touch(tmp_path, "__MACOSX/._a.png", "deep/@eaDir/a.png")
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "lost.jpg").symlink_to("nowhere.jpg")
+    (tmp_path / "self.jpg").symlink_to("self.jpg")
+    found, passed = search(tmp_path)
+    assert found == pictures
+    assert {why: sorted(names) for why, names in passed.items()} == {
+        "hidden": [".hidden.png", ".thumbs", "deep/._c.webp"],
+        "left by the system or an archiver": ["__MACOSX", "deep/@eaDir"],
+        "not a picture by its name": ["deep/Thumbs.db", "notes.txt"],
+        "picture of a kind that is not read: convert it": ["new.heic"],
+        "neither a file nor a folder": ["pipe.png"],
+        "link leads nowhere": ["lost.jpg", "self.jpg"],
+    }
+
+
+def test_linked_pictures_and_folders_are_followed_but_not_in_circles(tmp_path):
+    touch(tmp_path / "elsewhere", "a.png", "more/b.png")
+    folder = tmp_path / "class"
+    folder.mkdir()
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "c.png").symlink_to(tmp_path / "elsewhere" / "a.png")
+    (tmp_path / "elsewhere" / "more" / "up").symlink_to(folder)
+    found, passed = search(folder)
+    assert found == ["c.png", "linked/a.png", "linked/more/b.png"]
+    assert passed == {"link leads back to a folder above it": ["linked/more/up"]}
+
+
+@pytest.mark.filterwarnings("ignore:IM image format is deprecated")
+def test_every_kind_that_pillow_decodes_is_looked_for(tmp_path):
+    """All suffixes of the formats that Pillow here can write and read, against a picture written in each."""
+    Image.init()
+    image = Image.new("RGB", (16, 16), "red")
+    tried = 0
+    for suffix, kind in sorted(Image.EXTENSION.items()):
+        path = tmp_path / f"picture{suffix}"
+        try:
+            image.save(path, kind)
+            Image.open(path).load()
+        except Exception:
+            path.unlink(missing_ok=True)
+            continue
+        if kind in ("EPS", "PDF"):  # opened by another program, or not at all
+            path.unlink()
+            continue
+        tried += 1
+        assert search(tmp_path)[0] == [path.name], suffix
+        assert picture_file.open_square(path, 8).shape == (3, 8, 8)
+        path.unlink()
+    assert tried >= 20
+
+
+@pytest.fixture
+def without_rights() -> Iterator[Path]:
+    """A folder that everybody may enter, read by somebody who is not the superuser."""
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o777)
+        yield Path(name)
+        os.seteuid(user)
+
+
+def become_nobody() -> None:
+    if not os.geteuid():
+        os.seteuid(65534)
+
+
+def test_folders_without_rights_are_named(without_rights, capsys):
+    images = fill(without_rights / "set", 3)
+    draw(images / "sky" / "2024" / "more.png", COLOURS["sky"], 7)
+    (images / "sky" / "2024").chmod(0)
+    become_nobody()
+    assert len(picture_folder.load(images, 32)[0].labels) == 9
+    assert "passed over 1, folder cannot be read (Permission denied): sky/2024" in capsys.readouterr().out
+
+
+def test_class_without_rights_is_refused(without_rights):
+    images = fill(without_rights / "set", 3)
+    (images / "leaf").chmod(0)
+    become_nobody()
+    with pytest.raises(RunError, match=r"class leaf has no pictures: .*leaf.*cannot be read \(Permission denied\)"):
+        picture_folder.load(images, 32)
+
+
+def test_reports_count_name_the_first_and_tell_the_kinds(tmp_path):
+    touch(tmp_path, *(f"cat/{i}.txt" for i in range(1200)), "cat/plain", "dog/x.heic")
+    passed = PassedOver()
+    assert find(tmp_path, passed) == []
+    assert passed.lines(tmp_path) == [
+        f"{tmp_path}: passed over 1,201, not a picture by its name (.txt 1,200, no suffix 1): "
+        "cat/0.txt, cat/1.txt, cat/10.txt, …",
+        f"{tmp_path}: passed over 1, picture of a kind that is not read: convert it: dog/x.heic",
+    ]
+    assert passed.lines(tmp_path, HARMLESS) == passed.lines(tmp_path)[:1]
+    assert passed.possible_pictures() == [(tmp_path / "dog" / "x.heic", picture_search.NOT_READ)]
+
+
+def test_this_programs_own_files_are_no_news(tmp_path, capsys):
+    images = fill(tmp_path / "set", 2)
+    picture_folder.load(images, 32)
+    (images / "..squares-32px.npz.tmp").touch()  # of a killed run
+    picture_folder.load(images, 32)
+    assert capsys.readouterr().out == ""
+
+
+def test_what_lies_beside_the_classes_is_named(tmp_path, capsys):
+    images = fill(tmp_path / "set", 2)
+    touch(images, "__MACOSX/apple/._apple0.png", ".DS_Store", "labels.csv")
+    draw(images / "cover.png", (1, 2, 3), 5)
+    (images / "pear").symlink_to(tmp_path / "nowhere")
+    assert picture_folder.load(images, 32)[0].classes == ("apple", "leaf", "sky")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("passed over ")[2] for line in lines] == [
+        "1, hidden: .DS_Store",
+        "1, left by the system or an archiver: __MACOSX",
+        "1, not a picture by its name: labels.csv",
+        "1, link leads nowhere: pear",
+        "1, picture outside the class folders: cover.png",
+    ]
+
+
+def test_names_of_any_bytes_are_escaped(tmp_path, capsys):
+    images = fill(tmp_path / "set", 2)
+    (images / "sky").rename(images / os.fsdecode(b"caf\xe9"))
+    (images / "leaf" / os.fsdecode(b"\xff.txt")).touch()
+    assert picture_folder.load(images, 32)[0].classes == ("apple", "caf\\xe9", "leaf")
+    assert "leaf/\\xff.txt" in capsys.readouterr().out
