@@ -101,6 +101,7 @@ class RunFolder:
                 self.rows = list(state["rows"])
             except checkpoint.MISMATCH_ERRORS as error:
                 raise RunError(f"{self.folder / 'last.pt'} is no state of a run; --overwrite starts anew") from error
+            state["recipe"] = self.recipe.as_dict()  # the same settings, under their present names
             self._write_derived(state)
             was, now = state.get("precision"), self.machine.as_dict()["precision"]
             if was not in (None, now) and self.epochs_done < self.recipe.epochs:

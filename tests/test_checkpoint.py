@@ -4,46 +4,35 @@ import os
 import pickle
 import random
 import shutil
-import signal
 import zipfile
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import checkpoint
-import errors
-import faults
-import plots
 import pytest
 import torch
-from checkpoint import Damaged
-from errors import RunError
+from conftest import TINY_RUN
+from processes import ROOT
+from run_contents import differences, flat, hashes
 
 import train
+from data import AUGMENTATIONS
+from harness import checkpoint, errors
+from harness.checkpoint import Damaged
+from harness.errors import RunError
 
-FLAGS = "--demo --threads 1 --precision fp32 --no-compile --epochs 3 1 --crop-size 32 32 --eval-size 32 40"
-FLAGS += " --batch 32 32 --lr 0.02 0.01 --planes 4 4 8 --vflip 0"  # as in conftest.py
-
-
-@pytest.fixture(autouse=True)
-def training_in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figure)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("empty_plots")
 
 
 @pytest.fixture
 def folder(tiny_run: Path, tmp_path: Path) -> Path:
-    """A finished run of one's own."""
+    """A finished run that may be changed."""
     return Path(shutil.copytree(tiny_run, tmp_path / tiny_run.name))
 
 
 def continued(folder: Path, tiny_run: Path, *flags: str) -> int:
     """The exit status of the command that `folder`'s run was made by."""
-    argv = [*FLAGS.split(), "--seed", "0", "--data-dir", str(tiny_run.parent / "data"), "--out", str(folder), *flags]
+    argv = [*TINY_RUN, "--seed", "0", "--data-dir", str(tiny_run.parent / "data"), "--out", str(folder), *flags]
     return errors.report(partial(train.main, argv))
 
 
@@ -82,7 +71,7 @@ def test_flipped_bits(folder: Path) -> None:
     """Each is noticed, or lies in a byte that means nothing: then all values are what they were."""
     path, chance = folder / "best.pt", random.Random(0)
     content, noticed = path.read_bytes(), 0
-    whole = faults.flat(checkpoint.load(path), "")
+    whole = flat(checkpoint.load(path), "")
     ends = [*range(300), *range(len(content) - 700, len(content))]
     positions = chance.sample(range(len(content)), 300) + chance.sample(ends, 300)
     for position in positions:
@@ -90,7 +79,7 @@ def test_flipped_bits(folder: Path) -> None:
         flipped[position] ^= 1 << chance.randrange(8)
         path.write_bytes(flipped)
         try:
-            assert faults.flat(checkpoint.load(path), "") == whole, f"bit of byte {position}"
+            assert flat(checkpoint.load(path), "") == whole, f"bit of byte {position}"
         except RunError:
             noticed += 1
     assert noticed > 400
@@ -109,7 +98,7 @@ def test_missing_and_not_a_file(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "gone.pt")
     with pytest.raises(RunError, match="cannot read .*: Is a directory"):
         checkpoint.load(tmp_path)
-    with pytest.raises(RunError, match=r"cannot read .*best\.pt: No such file"):
+    with pytest.raises(RunError, match=r"cannot read .*last\.pt: No such file"):
         checkpoint.load_network(tmp_path)
 
 
@@ -119,19 +108,19 @@ def test_damaged_last_state_gives_way_to_the_one_before(folder: Path, tiny_run: 
     said = capsys.readouterr()
     assert said.err.startswith(f"warning: {folder / 'last.pt'} is damaged") and "previous.pt" in said.err
     assert "3 of 4 epochs done" in said.out
-    assert faults.differences(folder, tiny_run) == []
+    assert differences(folder, tiny_run) == []
 
 
 def test_both_states_damaged(folder: Path, tiny_run: Path, small_demo, capsys) -> None:
     for name in ("last.pt", "previous.pt"):
         os.truncate(folder / name, 5000)
-    before = faults.hashes(folder)
+    before = hashes(folder)
     assert continued(folder, tiny_run) == 1
     said = error(capsys)
     assert "last.pt is damaged" in said and "previous.pt is damaged" in said and "--overwrite starts anew" in said
-    assert faults.hashes(folder) == before
+    assert hashes(folder) == before
     assert continued(folder, tiny_run, "--overwrite") == 0
-    assert faults.differences(folder, tiny_run) == []
+    assert differences(folder, tiny_run) == []
 
 
 def test_damaged_with_none_before(folder: Path, tiny_run: Path, small_demo, capsys) -> None:
@@ -145,7 +134,7 @@ def test_only_the_state_before(folder: Path, tiny_run: Path, small_demo, capsys)
     """As a kill between the two renames of a commit leaves it: nothing to warn of."""
     (folder / "last.pt").unlink()
     assert continued(folder, tiny_run) == 0
-    assert capsys.readouterr().err == "" and faults.differences(folder, tiny_run) == []
+    assert capsys.readouterr().err == "" and differences(folder, tiny_run) == []
 
 
 def test_best_weights_are_mended(folder: Path, tiny_run: Path, small_demo) -> None:
@@ -157,6 +146,61 @@ def test_best_weights_are_mended(folder: Path, tiny_run: Path, small_demo) -> No
     best = checkpoint.load(folder / "best.pt", "weights")
     assert (best["epoch"], best["val_accuracy"]) == (4, 0.4)
     assert torch.equal(best["model"]["fc.weight"], checkpoint.load(folder / "last.pt")["model"]["fc.weight"])
+
+
+def test_weights_at_the_end_of_each_stage_but_the_last(tiny_run: Path) -> None:
+    """The state before the last epoch is that at the end of stage 1 here."""
+    (end,) = [checkpoint.load(path, "weights") for path in sorted(tiny_run.glob("stage*.pt"))]
+    state = checkpoint.load(tiny_run / "previous.pt", "run")
+    assert end["epoch"] == state["epoch"] == 3 and end["eval_size"] == 32
+    assert flat(end["model"], "") == flat(state["model"], "")
+    assert not checkpoint.load_network(tiny_run / "stage1.pt").selected
+
+
+def test_weights_at_a_stage_s_end_are_mended(folder: Path, tiny_run: Path, small_demo) -> None:
+    """A kill may have come between the commit and their writing."""
+    (folder / "previous.pt").rename(folder / "last.pt")
+    (folder / "stage1.pt").unlink()
+    assert continued(folder, tiny_run) == 0
+    assert differences(folder, tiny_run) == []
+
+
+# older
+
+
+def make_format_1(path: Path) -> None:
+    """Rewrite a checkpoint as format 1 had it: older names, and a setting fewer."""
+    payload = checkpoint.load(path)
+    recipe = payload["recipe"]
+    recipe |= {"view": recipe.pop("augmentation"), "views": recipe.pop("views_per_image")}
+    del recipe["last_pool"]
+    older = {"crossings": []} if payload["kind"] == "run" else {}
+    torch.save(payload | older | {"format": 1}, path)
+
+
+def test_network_of_format_1(folder: Path, tiny_run: Path) -> None:
+    make_format_1(folder / "best.pt")
+    old, new = (checkpoint.load_network(path, best=True) for path in (folder, tiny_run))
+    assert checkpoint.load(folder / "best.pt")["format"] == 1 < checkpoint.FORMAT
+    assert old.recipe == new.recipe and (old.epoch, old.val_accuracy) == (new.epoch, new.val_accuracy)
+    assert flat(old.model.state_dict(), "") == flat(new.model.state_dict(), "")
+
+
+def test_run_of_format_1_continues_bit_for_bit(folder: Path, tiny_run: Path, small_demo, capsys) -> None:
+    (folder / "previous.pt").rename(folder / "last.pt")
+    make_format_1(folder / "last.pt")
+    assert continued(folder, tiny_run) == 0
+    assert "3 of 4 epochs done" in capsys.readouterr().out
+    assert checkpoint.load(folder / "previous.pt")["format"] == 1  # it was not rewritten
+    shutil.copy(tiny_run / "previous.pt", folder)
+    assert differences(folder, tiny_run) == []
+
+
+def test_the_network_that_comes_with_the_project_is_of_format_1() -> None:
+    (path,) = (ROOT / "weights").glob("cpu-long-seed0.pt")
+    payload, recipe = checkpoint.load(path), checkpoint.load_network(path).recipe
+    assert payload["format"] == 1 and recipe.views_per_image == payload["recipe"]["views"] == 20
+    assert recipe.augmentation == AUGMENTATIONS["strong"]
 
 
 # foreign
@@ -180,10 +224,10 @@ def test_newer_format(folder: Path, tiny_run: Path, small_demo, capsys) -> None:
     for name in ("last.pt", "best.pt"):
         rewrite(folder / name, format=checkpoint.FORMAT + 1)
         refused(folder / name, "use a newer version")
-    before = faults.hashes(folder)
+    before = hashes(folder)
     assert continued(folder, tiny_run) == 1  # and does not take up previous.pt, which would lose an epoch
     assert "use a newer version" in error(capsys)
-    assert faults.hashes(folder) == before
+    assert hashes(folder) == before
 
 
 def test_weights_are_no_state(folder: Path, tiny_run: Path, small_demo, capsys) -> None:
@@ -192,12 +236,14 @@ def test_weights_are_no_state(folder: Path, tiny_run: Path, small_demo, capsys) 
     assert "holds 'weights', not 'run'" in error(capsys)
 
 
-@pytest.mark.parametrize("change", [{"layers": (1, 1, 2)}, {"planes": (4, 4, 16)}, {"planes": "many"}, {"new": 1}])
+@pytest.mark.parametrize(
+    "change", [{"layers": (1, 1, 2)}, {"planes": (4, 4, 16)}, {"planes": "many"}, {"new": 1}, {"optimizer": "sngd"}]
+)
 def test_other_architecture(change: dict, folder: Path) -> None:
     recipe = checkpoint.load(folder / "best.pt")["recipe"] | change
     rewrite(folder / "best.pt", recipe=recipe)
-    with pytest.raises(RunError, match="does not fit this version's network"):
-        checkpoint.load_network(folder)
+    with pytest.raises(RunError, match="does not fit this network: "):
+        checkpoint.load_network(folder, best=True)
 
 
 @pytest.mark.parametrize("missing", ["model", "classes", "eval_size", "epoch", "images"])
@@ -205,8 +251,8 @@ def test_missing_parts(missing: str, folder: Path) -> None:
     payload = checkpoint.load(folder / "best.pt")
     del payload[missing]
     torch.save(payload, folder / "best.pt")
-    with pytest.raises(RunError, match="does not fit this version's network"):
-        checkpoint.load_network(folder)
+    with pytest.raises(RunError, match="does not fit this network: "):
+        checkpoint.load_network(folder, best=True)
 
 
 @pytest.mark.parametrize(
@@ -227,10 +273,10 @@ def test_foreign_state(changes: dict, words: str, folder: Path, tiny_run: Path, 
     state = checkpoint.load(folder / "last.pt")
     shortened = {"rows": state["rows"][:2]}  # … as one after which the stage goes on
     rewrite(folder / "last.pt", **shortened | changes)
-    before = faults.hashes(folder, "*last.pt")
+    before = hashes(folder, "*last.pt")
     assert continued(folder, tiny_run) == 1
     assert words in error(capsys)
-    assert faults.hashes(folder, "*last.pt") == before
+    assert hashes(folder, "*last.pt") == before
 
 
 @pytest.mark.parametrize(
@@ -245,11 +291,11 @@ def test_foreign_state(changes: dict, words: str, folder: Path, tiny_run: Path, 
     ],
 )
 def test_other_settings(flags: list[str], words: str, folder: Path, tiny_run: Path, small_demo, capsys) -> None:
-    before = faults.hashes(folder)
+    before = hashes(folder)
     assert continued(folder, tiny_run, *flags) == 1
     said = error(capsys)
     assert "holds a run with other settings" in said and words in said and "--overwrite" in said
-    assert faults.hashes(folder) == before
+    assert hashes(folder) == before
 
 
 @pytest.mark.parametrize(
@@ -308,7 +354,9 @@ def test_hostile_checkpoint_is_not_run(name: str, folder: Path, tiny_run: Path, 
 
 def test_nothing_else_unpickles() -> None:
     words = ("pickle.load", "weights_only=False", "allow_pickle=True", "joblib", "eval(", "exec(", "torch.jit.load")
-    for path in faults.ROOT.glob("*.py"):
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("harness/**/*.py")]
+    assert {"train.py", "checkpoint.py"} <= {path.name for path in paths}
+    for path in paths:
         text = path.read_text(encoding="utf-8").replace(".eval(", "").replace("_eval(", "")
         assert not [word for word in words if word in text], path.name
         assert text.count("torch.load(") == text.count("weights_only=True)"), path.name

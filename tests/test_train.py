@@ -5,40 +5,27 @@ import hashlib
 import math
 import os
 import re
-import signal
 import types
 import typing
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import checkpoint
-import demo
-import download
-import errors
-import faults
-import plots
 import pytest
-import scoring
 import torch
-from learner import Trainer
-from settings import Recipe, Runtime, Stage
+from run_contents import differences, hashes, tensors
 from torch import Tensor
 
 import data
 import train
 from augment import ViewOptions
+from harness import checkpoint, demo_shapes, download, errors
+from harness.cli import Runtime
+from recipes import Recipe, Stage
+from train import Trainer
 
 FLAGS = "--demo --threads 1 --epochs 2 1 --crop-size 32 32 --eval-size 32 32 --batch 32 32 --planes 4 4 8".split()
-
-
-@pytest.fixture(autouse=True)
-def training_in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figure)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("empty_plots")
 
 
 def command(*argv: str) -> int:
@@ -68,7 +55,7 @@ def wrong_flags() -> Iterator[list[str]]:
         for item in dataclasses.fields(owner):
             if "help" in item.metadata:
                 kinds = [k for k in typing.get_args(hints[item.name]) or (hints[item.name],) if k is not types.NoneType]
-                flag = f"--{item.name.replace('_', '-')}"
+                flag = f"--{item.metadata.get('flag', item.name).replace('_', '-')}"
                 yield from _wrong_values(flag, kinds[0], item.metadata, owner, len(kinds))
 
 
@@ -131,7 +118,7 @@ def test_wrong_flags(tmp_path: Path, small_demo, monkeypatch, capsys) -> None:
 @pytest.fixture
 def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of 50 images in the official files' format, taken for the official ones; nothing can be fetched."""
-    images, labels = demo.draw("train", 5)
+    images, labels = demo_shapes.draw_shapes("train", 5)
     folder = tmp_path / "data" / data.FOLDER
     folder.mkdir(parents=True)
     (folder / "train_X.bin").write_bytes(images.tobytes())
@@ -201,11 +188,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_damaged_data(name: str, damage: str, official: Path, capsys) -> None:
     function, words = DAMAGES[damage]
     function(official / name)
-    before = faults.hashes(official)
+    before = hashes(official, "[!.]*")
     assert run_official(official, *(["--fold", "0"] if name == data.FOLDS_FILE else [])) == 1
     said = error(capsys)
     assert re.search(words, said) and str(official.parent) in said and (damage == "swapped" or name in said), said
-    assert faults.hashes(official) == before and not (official.parent.parent / "run").exists()
+    assert hashes(official, "[!.]*") == before and not (official.parent.parent / "run").exists()
 
 
 @pytest.mark.parametrize("label", [0, 11, 255])
@@ -227,16 +214,16 @@ def test_right_data(official: Path) -> None:
 
 def after_step(monkeypatch: pytest.MonkeyPatch, number: int, change: Callable[[Trainer], object]) -> None:
     """Have `change` happen after a training step, counted from 1 over the whole run: five are an epoch."""
-    original, steps = Trainer._step, 0
+    original, steps = Trainer.step, 0
 
-    def step(learner: Trainer, *args: Tensor) -> tuple[Tensor, Tensor]:
+    def step(trainer: Trainer, *args: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal steps
         steps += 1
-        loss, hits = original(learner, *args)
-        factor = change(learner) if steps == number else None
+        loss, hits = original(trainer, *args)
+        factor = change(trainer) if steps == number else None
         return loss if factor is None else loss * factor, hits
 
-    monkeypatch.setattr(Trainer, "_step", step)
+    monkeypatch.setattr(Trainer, "step", step)
 
 
 def spoil(tensor: Tensor, value: float = math.nan) -> None:
@@ -244,20 +231,20 @@ def spoil(tensor: Tensor, value: float = math.nan) -> None:
         tensor[(0,) * tensor.dim()] = value
 
 
-def optimiser_value(learner: Trainer) -> Tensor:
-    name = {"sgd": "momentum_buffer", "adam": "exp_avg_sq"}[learner.recipe.optimizer]
-    return learner.optimizer.state[learner.net.fc.weight][name]
+def optimiser_value(trainer: Trainer) -> Tensor:
+    name = {"sgd": "momentum_buffer", "adam": "exp_avg_sq"}[trainer.recipe.optimizer]
+    return trainer.optimizer.state[trainer.net.fc.weight][name]
 
 
 SPOILT: dict[str, tuple[Callable[[Trainer], object], str]] = {
-    "loss": (lambda learner: math.inf, "the loss of step 5 of epoch 2"),
-    "weight": (lambda learner: spoil(learner.net.conv1.weight), "a weight"),
-    "infinite weight": (lambda learner: spoil(learner.net.fc.bias, -math.inf), "a weight"),
-    "running mean": (lambda learner: spoil(learner.net.bn1.running_mean), "running statistic"),
-    "running variance": (lambda learner: spoil(learner.net.layer3[0].bn2.running_var, math.inf), "running statistic"),
-    "averaged weight": (lambda learner: spoil(learner.scored.fc.weight), "a weight"),
-    "averaged statistic": (lambda learner: spoil(learner.scored.bn1.running_var), "running statistic"),
-    "optimiser": (lambda learner: spoil(optimiser_value(learner), math.inf), "optimiser value"),
+    "loss": (lambda trainer: math.inf, "the loss of step 5 of epoch 2"),
+    "weight": (lambda trainer: spoil(trainer.net.conv1.weight), "a weight"),
+    "infinite weight": (lambda trainer: spoil(trainer.net.fc.bias, -math.inf), "a weight"),
+    "running mean": (lambda trainer: spoil(trainer.net.bn1.running_mean), "running statistic"),
+    "running variance": (lambda trainer: spoil(trainer.net.layer3[0].bn2.running_var, math.inf), "running statistic"),
+    "averaged weight": (lambda trainer: spoil(trainer.eval_model.fc.weight), "a weight"),
+    "averaged statistic": (lambda trainer: spoil(trainer.eval_model.bn1.running_var), "running statistic"),
+    "optimiser": (lambda trainer: spoil(optimiser_value(trainer), math.inf), "optimiser value"),
 }
 
 
@@ -273,14 +260,14 @@ def test_number_gone_wrong(what: str, flags: str, tmp_path: Path, small_demo, mo
         assert word in said, said
     state, warning = checkpoint.resume(folder)
     assert warning is None and len(state["rows"]) == 1
-    assert all(value.isfinite().all() for value in faults.tensors(state))
+    assert all(value.isfinite().all() for value in tensors(state))
     assert len((folder / "metrics.csv").read_text().splitlines()) == 2
     assert (folder / "best.pt").exists() == ("all" not in flags)
 
 
 def test_validation_loss_gone_wrong(tmp_path: Path, small_demo, monkeypatch, capsys) -> None:
-    original = scoring.hits_and_loss
-    monkeypatch.setattr(scoring, "hits_and_loss", lambda *args: (original(*args)[0], torch.tensor(math.nan)))
+    original = train.hits_and_loss
+    monkeypatch.setattr(train, "hits_and_loss", lambda *args: (original(*args)[0], torch.tensor(math.nan)))
     assert run(tmp_path / "run") == 1
     assert "the validation loss of epoch 1 is not a finite number" in error(capsys)
     assert not list((tmp_path / "run").glob("*.pt"))
@@ -295,10 +282,10 @@ def test_learning_rate_far_too_high(tmp_path: Path, small_demo, capsys) -> None:
 def test_run_goes_on_after_a_number_gone_wrong(tmp_path: Path, small_demo, monkeypatch) -> None:
     assert run(tmp_path / "whole" / "run") == 0
     with monkeypatch.context() as patch:
-        after_step(patch, 8, lambda learner: math.nan)
+        after_step(patch, 8, lambda trainer: math.nan)
         assert run(tmp_path / "run") == 1
     assert run(tmp_path / "run") == 0
-    assert faults.differences(tmp_path / "run", tmp_path / "whole" / "run") == []
+    assert differences(tmp_path / "run", tmp_path / "whole" / "run") == []
     start = ["--init", str(tmp_path / "run" / "last.pt"), "--lr", "0.001", "0.001"]  # the way out that is suggested
     assert run(tmp_path / "other", *start) == 0
 
@@ -311,12 +298,12 @@ def test_same_seed_same_bits(flags: str, tmp_path: Path, small_demo) -> None:
     for name in "ab":
         torch.manual_seed(ord(name))  # nothing hangs on the state of the global generator
         assert run(tmp_path / name / "run", *flags.split()) == 0
-    assert faults.differences(tmp_path / "a" / "run", tmp_path / "b" / "run") == []
+    assert differences(tmp_path / "a" / "run", tmp_path / "b" / "run") == []
 
 
 @pytest.mark.parametrize("flags", ["--seed 1", "--split-seed 1"])
 def test_other_seed_other_bits(flags: str, tmp_path: Path, small_demo) -> None:
     assert run(tmp_path / "a" / "run") == 0
     assert run(tmp_path / "b" / "run", *flags.split()) == 0
-    different = faults.differences(tmp_path / "a" / "run", tmp_path / "b" / "run")
+    different = differences(tmp_path / "a" / "run", tmp_path / "b" / "run")
     assert {"last.pt/model/conv1.weight", "best.pt/model/fc.weight", "metrics.csv/0/train_loss"} <= set(different)
