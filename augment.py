@@ -7,6 +7,7 @@ state to restore. Nothing waits for the device: no constant is copied to it and 
 `make_batch` is what a training step takes: views, normalised, erased and mixed, in this order.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -161,6 +162,12 @@ def view_parameters(uniforms: Tensor, height: int, width: int, options: ViewOpti
     )
 
 
+@functools.lru_cache(maxsize=64)
+def _whole_numbers(count: int, device: torch.device) -> Tensor:
+    """0 to `count` - 1, int64, made once: a captured step finds them there."""
+    return torch.arange(count, device=device)
+
+
 def _between(low: float, high: float, uniform: Tensor) -> Tensor:
     return uniform * (high - low) + low
 
@@ -176,7 +183,7 @@ def _crop(uniforms: Tensor, height: int, width: int, options: ViewOptions) -> tu
     ratio = torch.exp(_between(math.log(low), math.log(high), uniforms[:, CROP_RATIO]))
     widths, heights = torch.sqrt(area * ratio).round_(), torch.sqrt(area / ratio).round_()
     fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)
-    first = (fits * torch.arange(CROP_TRIES, 0, -1, device=fits.device)).argmax(dim=1, keepdim=True)
+    first = (fits * (CROP_TRIES - _whole_numbers(CROP_TRIES, fits.device))).argmax(dim=1, keepdim=True)
     found = fits.any(dim=1)
 
     ratio = min(max(width / height, low), high)
@@ -216,7 +223,7 @@ def augment(images: Tensor, uniforms: Tensor, colour_order: Sequence[int], size:
 def _sample(images: Tensor, p: ViewParameters, size: int, rotated: bool) -> Tensor:
     """Rotation, crop and flips as one sampling of uint8 images at an affine grid: (B, 3, size, size) in [0, 1]."""
     height, width = images.shape[-2:]
-    centres = (torch.arange(size, device=images.device) * 2 + 1) / size - 1  # of the view's pixels, in -1 to 1
+    centres = (_whole_numbers(size, images.device) * 2 + 1) / size - 1  # of the view's pixels, in -1 to 1
     columns = _along(p.left, p.crop_width, p.hflip, centres, width)[:, None, None, :]
     rows = _along(p.top, p.crop_height, p.vflip, centres, height)[:, None, :, None]
     # Written out, because affine_grid multiplies matrices, which a GPU may be set to do in reduced precision.
@@ -306,7 +313,7 @@ def _square(row: Tensor, column: Tensor, side: int | Tensor, size: int) -> Tenso
 
     Its centre is a uniformly chosen pixel, from uniforms `row` and `column` (B,); it may hang over the edge.
     """
-    pixels = torch.arange(size, device=row.device)
+    pixels = _whole_numbers(size, row.device)
     rows, columns = (pixels - (centre[:, None] * size).floor_() + side // 2 for centre in (row, column))
     rows, columns = (rows >= 0) & (rows < side), (columns >= 0) & (columns < side)
     return (rows[:, :, None] & columns[:, None, :])[:, None]

@@ -1,0 +1,162 @@
+"""Captured steps against plain ones. A graph is recorded here operation by operation, on the CPU.
+
+Like a CUDA graph, a recording knows no Python: numbers are those of the capture, tensors are where they were, and
+capturing itself changes nothing. Whatever of a step depends on the host would show.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from augment import draw_epoch
+from harness.graphs import Graphs
+from harness.machine import Machine
+from optim import rates_on_device
+from recipes import RECIPES, Recipe, Stage
+from train import Trainer
+
+CPU = torch.device("cpu")
+STAGE = Stage(epochs=2, crop_size=(32, 40), eval_size=32, batch=8, lr=0.05)
+IMAGES = 56
+SMALL = {
+    "wide": dataclasses.replace(RECIPES["gpu"], layers=(1, 1, 1), planes=(4, 8, 8), average=0.9),
+    "bottleneck": dataclasses.replace(RECIPES["original"], layers=(1, 1, 1), planes=(4, 4, 8), views_per_image=1),
+}
+
+
+class Recording(TorchDispatchMode):
+    """Notes each operation; on exit, what was there before the capture is as it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+        self._made: set[int] = set()
+        self._before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+        for argument in func._schema.arguments:
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written or argument.name in ("running_mean", "running_var"):  # which BatchNorm's schema does not admit
+                for x in tree_leaves(named.get(argument.name)):
+                    place = x.untyped_storage().data_ptr() if torch.is_tensor(x) else None
+                    if place is not None and place not in self._made | self._before.keys():
+                        self._before[place] = (x, x.clone())
+        out = func(*args, **kwargs)
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)}
+        made = {x.untyped_storage().data_ptr() for x in tree_leaves(out) if torch.is_tensor(x)}
+        self._made |= made - given - self._before.keys()
+        self.calls.append((func, args, kwargs, out))
+        return out
+
+    def put_back(self) -> None:
+        for x, value in self._before.values():
+            x.copy_(value)
+
+
+class RecordedGraph:
+    """Stands in for torch.cuda.CUDAGraph."""
+
+    calls: list[tuple]
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                if torch.is_tensor(old) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@contextlib.contextmanager
+def capture(graph: RecordedGraph, pool: Any) -> Iterator[None]:
+    with Recording() as recording:
+        yield
+    with torch.no_grad():
+        recording.put_back()
+    graph.calls = recording.calls
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+def trained(recipe: Recipe, precision: torch.dtype, graphs: bool, epochs: int = 2) -> tuple[Trainer, torch.Tensor]:
+    trainer, losses = Trainer(recipe, 10, Machine(CPU, precision, compile=False)), []
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (IMAGES, 3, 40, 40), dtype=torch.uint8, generator=generator)
+    trainer.graphs.enabled = graphs
+    trainer.begin_stage(STAGE, IMAGES)
+    for epoch in range(epochs):
+        draws = draw_epoch(torch.arange(IMAGES), recipe.views_per_image, STAGE.batch, recipe.augmentation, (epoch,))
+        draws = dataclasses.replace(draws, colour_orders=[(0, 1, 2, 3), (3, 1, 0, 2), (2, 3, 1, 0)] * 100)
+        size = STAGE.crop_size_at(epoch)
+        losses.append(trainer.train_epoch(images, torch.arange(IMAGES) % 10, draws, STAGE, size, lambda: None).losses)
+    return trainer, torch.cat(losses)
+
+
+@pytest.mark.parametrize(
+    "name, precision, tolerance",
+    [("wide", torch.float32, 1e-5), ("bottleneck", torch.float32, 1e-5), ("wide", torch.float16, 2e-3)],
+)
+def test_captured_steps_learn_what_plain_ones_do(name: str, precision: torch.dtype, tolerance: float, recorded: None):
+    recipe = dataclasses.replace(SMALL[name], views_per_image=1)
+    (plain, losses), (captured, their_losses) = (trained(recipe, precision, graphs) for graphs in (False, True))
+    assert (
+        captured.graphs.enabled and len(captured.graphs._graphs) >= 4
+    )  # views by colour order, learning, at two sizes
+    torch.testing.assert_close(their_losses, losses, rtol=tolerance, atol=tolerance)
+    for model in ("net", "eval_model"):
+        mine, theirs = (getattr(trainer, model).state_dict() for trainer in (plain, captured))
+        torch.testing.assert_close(theirs, mine, rtol=10 * tolerance, atol=10 * tolerance)
+    assert their_losses[-1] != their_losses[-2]  # and they do learn
+
+
+def test_a_step_that_cannot_be_captured_goes_on_without_a_graph(monkeypatch: pytest.MonkeyPatch, recorded: None):
+    @contextlib.contextmanager
+    def refused(graph: Any, pool: Any) -> Iterator[None]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", refused)
+    _, losses = trained(SMALL["bottleneck"], torch.float32, graphs=False, epochs=1)
+    trainer, their_losses = trained(SMALL["bottleneck"], torch.float32, graphs=True, epochs=1)
+    torch.testing.assert_close(their_losses, losses, rtol=1e-5, atol=1e-6)
+    assert not trainer.graphs.enabled and "not permitted" in trainer.machine.notes[0]
+
+
+def test_a_graph_reads_its_inputs_anew_and_constants_have_graphs_of_their_own(recorded: None):
+    graphs = Graphs(Machine(CPU, torch.float32, compile=False))
+    graphs.enabled = True
+    total = torch.zeros(())
+
+    def add(x: torch.Tensor, factor: int) -> torch.Tensor:
+        total.add_(x.sum() * factor)
+        return x * factor
+
+    for number in range(1, 6):
+        for factor in (2, 3):
+            x = torch.full((2,), float(number))
+            assert graphs.run(add, (x,), factor, warm=2).tolist() == [number * factor] * 2
+    assert total == 2 * (1 + 2 + 3 + 4 + 5) * (2 + 3)
+
+
+def test_rates_on_the_device_are_what_a_schedule_sets():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    rates_on_device(optimizer, CPU)
+    held = optimizer.param_groups[0]["lr"]
+    optimizer.step()
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] is held and held == 0.25
