@@ -12,24 +12,25 @@ from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 
-import checkpoint
-import distributed
-import errors
-import faults
-import learner
+import picture_folders
+import processes
 import pytest
 import torch
-from engine import Machine
-from settings import RECIPES, Stage
+from picture_folders import fill
+from processes import ROOT, RUNS, TINY
+from run_contents import differences
 from torch import nn
 
 import augment
 import train
+from harness import checkpoint, distributed, errors
+from harness.machine import Machine
 from model import build_model
+from recipes import RECIPES, Stage, build_network
 
 CONTEXT = multiprocessing.get_context("forkserver")
 LIMIT = 100  # seconds
-FLAGS = [*faults.RECIPES["cosine, sgd, averaged"], *faults.TINY]  # four epochs of two steps
+FLAGS = [*RUNS["cosine, sgd, averaged"], *TINY]  # four epochs of two steps
 LOST = "has lost the other 1"
 
 
@@ -37,9 +38,9 @@ LOST = "has lost the other 1"
 def server() -> None:
     """The process that others are forked from: it has PyTorch loaded, and one thread only."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(faults.ROOT / "tests"), str(faults.ROOT)]))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        CONTEXT.set_forkserver_preload(["faults"])
+        for name in ("PYTHONPATH", "OMP_NUM_THREADS"):
+            patch.setenv(name, processes.environment()[name])
+        CONTEXT.set_forkserver_preload(["processes", "torch._dynamo"])  # the latter is loaded by the first optimiser
         forkserver.ensure_running()
 
 
@@ -64,11 +65,11 @@ def _begin(rank: int, world: int, port: int, target: Callable, arguments: Sequen
     target(rank, *arguments)
 
 
-def _train(rank: int, argv: list[str], log: Path, faulty: dict[int, Sequence[faults.Prepare]]) -> None:
+def _train(rank: int, argv: list[str], log: Path, faulty: dict[int, Sequence[processes.Prepare]]) -> None:
     output = os.open(log.with_name(f"{log.name}{rank}"), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    faults.tiny()
+    processes.tiny()
     for function in faulty.get(rank, ()):
         function()
     status = errors.report(functools.partial(train.main, argv))
@@ -76,7 +77,9 @@ def _train(rank: int, argv: list[str], log: Path, faulty: dict[int, Sequence[fau
     os._exit(status)
 
 
-def run(out: Path, faulty: dict[int, Sequence[faults.Prepare]] | None = None, *more: str, world: int = 2) -> list[int]:
+def run(
+    out: Path, faulty: dict[int, Sequence[processes.Prepare]] | None = None, *more: str, world: int = 2
+) -> list[int]:
     """Train into `out`, after calling what `faulty` holds for a rank in its process; each logs into `out`.log RANK."""
     out.parent.mkdir(exist_ok=True)
     return together(world, _train, [*FLAGS, *more, "--out", str(out)], out.with_suffix(".log"), faulty or {})
@@ -101,24 +104,25 @@ def test_leaves_what_an_ordinary_run_leaves(whole: Path, tmp_path: Path) -> None
     ours, theirs = checkpoint.load(whole / "last.pt"), checkpoint.load(ordinary / "last.pt")
     assert list(ours["model"]) == list(theirs["model"])
     assert ours.keys() == theirs.keys() and len(ours["rows"]) == len(theirs["rows"]) == 4
-    assert checkpoint.load_network(whole).epoch == checkpoint.load(whole / "best.pt")["epoch"]
+    assert checkpoint.load_network(whole).epoch == 4
+    assert checkpoint.load_network(whole, best=True).epoch == checkpoint.load(whole / "best.pt")["epoch"]
     assert "epoch 4/4" in log(whole, 0) and log(whole, 1) == ""
 
 
-def at_step(number: int, *actions: faults.Prepare) -> tuple[faults.Prepare, ...]:
+def at_step(number: int, *actions: processes.Prepare) -> tuple[processes.Prepare, ...]:
     """Have the actions happen in the `number`-th step of the run, from 1."""
-    return tuple(functools.partial(faults.before, "learner.Trainer._step", number, action) for action in actions)
+    return tuple(functools.partial(processes.before, train.Trainer.step, number, action) for action in actions)
 
 
-TERM, KILL = (functools.partial(faults.send, number) for number in (signal.SIGTERM, signal.SIGKILL))
-SMALL_DISK = functools.partial(faults.limit_files, 1000)
+TERM, KILL = (functools.partial(processes.send, number) for number in (signal.SIGTERM, signal.SIGKILL))
+SMALL_DISK = functools.partial(processes.limit_files, 1000)
 FAULTS = {
     "SIGTERM, noticed in different steps": ({0: at_step(4, TERM), 1: at_step(3, TERM)}, [], [143, 143]),
     "SIGTERM, noticed by the leader first": ({0: at_step(3, TERM), 1: at_step(4, TERM)}, [], [143, 143]),
     "SIGTERM while the leader saves and the follower waits": (
         {
-            0: (functools.partial(faults.before, "checkpoint.save", 1, TERM),),
-            1: (functools.partial(faults.before, "distributed.max_over_ranks", 4, TERM),),
+            0: (functools.partial(processes.before, checkpoint.save, 1, TERM),),
+            1: (functools.partial(processes.before, distributed.max_over_ranks, 4, TERM),),
         },
         [],
         [143, 143],
@@ -127,7 +131,7 @@ FAULTS = {
     "leader killed": ({0: at_step(4, KILL)}, [], [-9, 1]),
     "follower killed": ({1: at_step(4, KILL)}, [], [1, -9]),
     "leader killed while saving": (
-        {0: (functools.partial(faults.before, "checkpoint.save", 3, KILL),)},
+        {0: (functools.partial(processes.before, checkpoint.save, 3, KILL),)},
         [],
         [-9, 1],
     ),
@@ -147,11 +151,11 @@ def test_stopped_run_ends_in_all_processes_and_continues_bit_for_bit(fault: str,
             assert said[rank].splitlines()[-1].startswith("error: ") and cause in said[rank]
     assert 1 <= len(checkpoint.load(out / "last.pt")["rows"]) < 4
     assert run(out) == [0, 0], log(out, 0) + log(out, 1)
-    assert faults.differences(out, whole) == []
+    assert differences(out, whole) == []
 
 
 def _spoil_views() -> None:
-    learner.normalise = lambda x, inplace: x * math.nan
+    processes.replace(augment.normalise, lambda x, inplace=False: x * math.nan)
 
 
 def test_nan_in_one_share_ends_all_processes(tmp_path: Path) -> None:
@@ -170,11 +174,12 @@ def test_batch_that_cannot_be_shared_is_refused_before_anything_is_written(tmp_p
 
 def _one_step(rank: int, folder: Path, world: int) -> None:
     """One step of a network without BatchNorm over a batch of 8; its gradients, loss and hits go into a file."""
-    checkpoint.network = lambda *_: build_model((1, 1, 1), planes=(4, 4, 4), norm_layer=nn.Identity)
+    without_norms = build_model((1, 1, 1), planes=(4, 4, 4), norm_layer=nn.Identity)
+    processes.replace(build_network, lambda *_: without_norms)
     distributed.join(torch.device("cpu"))
     recipe, stage = RECIPES["original"], Stage(epochs=1, crop_size=(32,), eval_size=32, batch=8, lr=0.1)
-    mine = learner.Trainer(recipe, 10, Machine(torch.device("cpu"), torch.float32, False, rank, world))
-    mine.begin(stage, 8)
+    mine = train.Trainer(recipe, 10, Machine(torch.device("cpu"), torch.float32, False, rank=rank, world=world))
+    mine.begin_stage(stage, 8)
     gradients: dict[str, torch.Tensor] = {}
 
     def keep() -> None:
@@ -199,8 +204,8 @@ def test_averaged_gradient_is_that_of_the_whole_batch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_shares_are_equal_and_make_up_the_epoch(world: int) -> None:
-    machines = [Machine(torch.device("cpu"), torch.float32, False, rank, world) for rank in range(world)]
-    shares = [range(24)[machine.rows(step, 8)] for step in range(3) for machine in machines]
+    machines = [Machine(torch.device("cpu"), torch.float32, False, rank=rank, world=world) for rank in range(world)]
+    shares = [range(24)[machine.share_of_batch(step, 8)] for step in range(3) for machine in machines]
     assert [row for share in shares for row in share] == list(range(24))
     assert {len(share) for share in shares} == {8 // world}
 
@@ -212,12 +217,12 @@ def test_half_an_environment_is_explained(monkeypatch: pytest.MonkeyPatch) -> No
         distributed.rank_and_world()
 
 
+@pytest.mark.slow
 def test_torchrun(tmp_path: Path) -> None:
-    flags = [*faults.SMALL, "--epochs", "1", "0", "--data-dir", str(tmp_path), "--out", str(tmp_path / "run")]
+    flags = [*picture_folders.TINY, "--epochs", "1", "0", "--images", str(fill(tmp_path / "pictures", 5))]
+    flags += ["--out", str(tmp_path / "run")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(faults.ROOT / "train.py"), *flags], capture_output=True, text=True, timeout=LIMIT
-    )
+    done = subprocess.run([*command, str(ROOT / "train.py"), *flags], capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 1/1") == 1 and "Traceback" not in done.stderr
     assert (tmp_path / "run" / "summary.json").exists()
