@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -156,6 +157,23 @@ def tune_indices(labels: Tensor, train: Tensor, fold: int) -> tuple[Tensor, Tens
             raise ValueError(f"class {label} has {len(places)} training images: {TUNE_FOLDS} folds need {TUNE_FOLDS}")
         validates[places[fold::TUNE_FOLDS]] = True
     return ordered[~validates], ordered[validates]
+
+
+def balanced_indices(indices: Tensor, labels: Tensor, seed: Sequence[int]) -> Tensor:
+    """As many indices as given (int64), of each class the same number, give or take one; `labels` int64, of all images.
+
+    Of a small class some or all come several times, of a large one some not at all: others with each `seed`, which
+    holds non-negative integers.
+    """
+    rng = np.random.default_rng((*seed, 1))  # not the numbers that the views of this seed are drawn by
+    classes = labels[indices].unique()
+    drawn = []
+    for number, label in enumerate(classes):
+        members = indices[labels[indices] == label]
+        count = (len(indices) + len(classes) - 1 - number) // len(classes)
+        rounds = [members[torch.from_numpy(rng.permutation(len(members)))] for _ in range(-(-count // len(members)))]
+        drawn.append(torch.cat(rounds)[:count])
+    return torch.cat(drawn)
 
 
 def fold_indices(data_dir: Path, fold: int, count: int, specs: Specs = OFFICIAL) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,11 @@ from model import NETWORKS, PARAMETER_BUDGET, ResNet, WideNet, build_model
 from scheduler import restart_rate, warmup_cosine_rate
 
 NO_LIMIT = 10**12  # parameters: a budget that holds nothing back
+MOST_VIEWS = 10_000
+# what the recipes' views are set for, and beyond how many views of an image in all a small set gains no more
+# (docs/EXPERIMENTS.md, "Folders of few pictures")
+STL10_TRAIN_IMAGES = 4000
+MOST_PASSES = 1000
 OLD_NAMES = {"view": "augmentation", "views": "views_per_image"}  # of checkpoints of format 1
 OLD_RULES = {"average_warmup": False}  # what runs followed that were begun before the setting existed
 
@@ -68,7 +73,14 @@ class Recipe:
     name: str
     stages: tuple[Stage, ...]
     augmentation: ViewOptions = ViewOptions()
-    views_per_image: int = option("views of each training image per epoch", 20, low=1, high=10_000, flag="views")
+    views_per_image: int = option(
+        "views of each training image per epoch; with --images as many as suit their number, unless given",
+        20,
+        low=1,
+        high=MOST_VIEWS,
+        flag="views",
+    )
+    balance: bool = option("draw each class equally often, however unequal the classes are", False)
     seed: int = option("seed of the weights and of all views", 0, low=0, high=2**63 - 1)
     split_seed: int = option("seed of the split into training and validation images", 1337, low=0, high=2**63 - 1)
     train_on: str = option("images to train on; all keeps none for validation", "train", choices=("train", "all"))
@@ -218,6 +230,16 @@ def replace(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
         augmentation=dataclasses.replace(recipe.augmentation, **augmentation),
         **{name: rest[name] for name in Recipe.__dataclass_fields__ if name in rest},
     )
+
+
+def fit_views(recipe: Recipe, images: int) -> Recipe:
+    """The recipe for `images` training images: an epoch has about as many samples as it has of STL-10's 4,000.
+
+    Of few images there are no more than MOST_PASSES views each in all epochs together, unless the recipe has more.
+    """
+    views = round(recipe.views_per_image * STL10_TRAIN_IMAGES / images)
+    most = max(recipe.views_per_image, MOST_PASSES // recipe.epochs)
+    return dataclasses.replace(recipe, views_per_image=max(1, min(views, most, MOST_VIEWS)))
 
 
 def build_network(recipe: Recipe, classes: int) -> ResNet | WideNet:

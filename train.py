@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from augment import Batch, EpochDraws, batch_of, draw_epoch, take_samples
-from data import DataSet
+from data import DataSet, balanced_indices
 from harness import checkpoint, distributed, scoring
 from harness.channel_padding import with_padded_channels
 from harness.cli import Runtime, default_run_folder, parse_train, train_parser
 from harness.compiled import CompiledForm
 from harness.graphs import Graphs
-from harness.images import identity, load_images
+from harness.images import identity, load_images, suit_folder
 from harness.interrupt import Interrupt, Stopped
 from harness.machine import Machine, start_machine
 from harness.metrics import hits_and_loss
@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     machine = start_machine(runtime)
     with distributed.leader_first():
         dataset, train, val = load_images(recipe, runtime.data_dir, runtime.images)
+    if runtime.images:
+        recipe = suit_folder(recipe, runtime, dataset, train, val)
     samples = len(train) * recipe.views_per_image
     if any(stage.epochs and stage.batch > samples for stage in recipe.stages):
         train_parser().error(f"--batch is more than an epoch's {samples} samples")
@@ -131,7 +133,8 @@ def train_stages(
         if epoch == 0:
             trainer.begin_stage(stage, len(train))
         seed = (recipe.seed, stage_index, epoch)
-        draws = draw_epoch(train, recipe.views_per_image, stage.batch, recipe.augmentation, seed)
+        shown = balanced_indices(train, dataset.labels, seed) if recipe.balance else train
+        draws = draw_epoch(shown, recipe.views_per_image, stage.batch, recipe.augmentation, seed)
         draws = draws.to(machine.device, images.device)
         if epoch == 0:
             run.draw_views(stage_index, images, labels, draws, size)

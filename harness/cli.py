@@ -37,6 +37,7 @@ class Runtime:
     max_minutes: float = option("stop at the last epoch end within this time; 0 is no limit", 0.0, low=0.0, high=1e6)
     overwrite: bool = option("start anew in a run folder that holds a run", False)
     tensorboard: bool = option("write the numbers of metrics.csv for TensorBoard too, in the run folder", False)
+    by_default: tuple[str, ...] = ()  # which of recipe and views were not given and are chosen to suit --images
 
     def __post_init__(self) -> None:
         check_limits(self)
@@ -53,7 +54,9 @@ def train_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("--recipe", choices=RECIPES, help="named settings to start from (default: original)")
+    parser.add_argument(
+        "--recipe", choices=RECIPES, help="named settings to start from (default: original; with --images: cpu)"
+    )
     parser.add_argument("--demo", action="store_true", help="the demo recipe, on pictures drawn by the program itself")
     add_flags(parser.add_argument_group("stages (one value per stage)"), Stage)
     add_flags(parser.add_argument_group("views"), ViewOptions)
@@ -122,10 +125,13 @@ def parse_train(argv: list[str] | None = None) -> tuple[Recipe, Runtime]:
     demo, name = args.pop("demo", False), args.pop("recipe", None)
     if demo and name not in (None, "demo"):
         parser.error(f"--demo and --recipe {name} exclude each other")
-    recipe = RECIPES["demo" if demo else name or "original"]
+    recipe = RECIPES["demo" if demo else name or ("cpu" if "images" in args else "original")]
+    chosen = [] if name else ["recipe"]
+    chosen += [] if "views_per_image" in args else ["views"]
     try:
         recipe = recipes.replace(recipe, args)
-        runtime = Runtime(**{name: value for name, value in args.items() if name in Runtime.__dataclass_fields__})
+        own = {name: value for name, value in args.items() if name in Runtime.__dataclass_fields__}
+        runtime = Runtime(**own, by_default=tuple(chosen) if "images" in args else ())
     except ValueError as error:
         parser.error(_with_flag(str(error), args))
     if demo and runtime.images:

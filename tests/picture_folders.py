@@ -6,7 +6,9 @@ import numpy as np
 from PIL import Image
 
 COLOURS = {"apple": (200, 30, 30), "leaf": (30, 170, 40), "sky": (40, 80, 220)}
-TINY = "--recipe demo --epochs 1 1 --batch 8 8 --planes 2 2 2 --crop-size 32 32 --eval-size 32 32 --threads 1".split()
+TINY = (
+    "--recipe demo --views 1 --epochs 1 1 --batch 8 8 --planes 2 2 2 --crop-size 32 32 --eval-size 32 32 --threads 1"
+).split()
 
 
 def draw(path: Path, colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (40, 36)) -> None:

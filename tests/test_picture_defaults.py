@@ -1,0 +1,137 @@
+"""What `--images` chooses where nothing is given: recipe and views that suit the folder, stored with the run."""
+
+import json
+
+import pytest
+import torch
+from picture_folders import COLOURS, TINY, draw, fill
+
+import train
+from data import balanced_indices, split_indices
+from harness import checkpoint
+from harness.cli import parse_train
+from harness.errors import RunError
+from recipes import MOST_PASSES, RECIPES, fit_views
+
+
+@pytest.mark.parametrize(
+    "name, images, views",
+    [
+        ("cpu", 4_000, 15),
+        ("cpu", 5_000, 12),
+        ("cpu", 1_000, 60),
+        ("cpu", 500, 120),
+        ("cpu", 40, MOST_PASSES // 8),
+        ("cpu", 50_000, 1),
+        ("cpu", 1_000_000, 1),
+        ("original", 4_000, 20),
+        ("original", 200, 20),  # whose epochs are 8,800 passes already
+        ("original", 50_000, 2),
+        ("demo", 4_000, 1),
+        ("demo", 30, MOST_PASSES // 16),
+    ],
+)
+def test_views_that_suit_a_number_of_images(name, images, views):
+    recipe = fit_views(RECIPES[name], images)
+    assert recipe.views_per_image == views
+    changed = {key for key, value in recipe.as_dict().items() if value != RECIPES[name].as_dict()[key]}
+    assert changed <= {"views_per_image"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_an_epoch_is_as_long_as_on_stl10_unless_it_repeats_too_often(name):
+    recipe = RECIPES[name]
+    for images in (2, 30, 244, 999, 4_000, 4_001, 30_000, 80_000):
+        fitted = fit_views(recipe, images)
+        passes = fitted.views_per_image * recipe.epochs
+        ratio = fitted.views_per_image * images / (recipe.views_per_image * 4_000)
+        if fitted.views_per_image == 1 and images > 4_000:
+            assert ratio >= 0.66
+        elif ratio < 0.66:
+            assert passes <= max(MOST_PASSES, recipe.views_per_image * recipe.epochs) < passes + recipe.epochs
+        else:
+            assert ratio < 1.5
+
+
+def test_recipe_and_views_are_chosen_for_pictures_only_and_only_unless_given():
+    assert parse_train([])[0].name == "original" and parse_train([])[1].by_default == ()
+    recipe, runtime = parse_train(["--images", "x"])
+    assert recipe == RECIPES["cpu"] and runtime.by_default == ("recipe", "views")
+    recipe, runtime = parse_train(["--images", "x", "--recipe", "original", "--views", "3"])
+    assert (recipe.name, recipe.views_per_image, runtime.by_default) == ("original", 3, ())
+
+
+def test_what_is_found_and_chosen_is_said_and_stored(tmp_path, empty_plots, capsys):
+    images = fill(tmp_path / "set", 5)
+    for number in range(5, 20):
+        draw(images / "sky" / f"more{number}.png", COLOURS["sky"], number)
+    views = TINY.index("--views")
+    command = [*TINY[:views], *TINY[views + 2 :], "--images", str(images), "--image-size", "32"]
+    command += ["--epochs", "10", "15", "--max-minutes", "0.0001", "--out", str(tmp_path / "run")]
+    assert train.main(command) == 3
+    said = capsys.readouterr().out.splitlines()
+    assert said[:3] == [
+        "3 classes; 24 pictures train + 6 validate: apple 4 + 1, leaf 4 + 1, sky 16 + 4",
+        f"{MOST_PASSES // 25} views of each picture an epoch, {MOST_PASSES * 24:,} in all; --views sets another number",
+        "the classes are unequal: --balance draws each equally often",
+    ]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["recipe"]["views_per_image"] == MOST_PASSES // 25 and config["runtime"]["by_default"] == ["views"]
+    assert checkpoint.load_network(tmp_path / "run").recipe.views_per_image == MOST_PASSES // 25
+    assert train.main(command) == 3  # goes on
+    with pytest.raises(RunError, match=f"views_per_image was {MOST_PASSES // 25}, now 5"):
+        train.main([*command, "--views", "5"])
+    capsys.readouterr()
+    assert train.main([*TINY, "--images", str(images), "--balance", "--out", str(tmp_path / "other")]) == 0
+    assert "an epoch" not in (said := capsys.readouterr().out) and "unequal" not in said and "3 classes; 24" in said
+
+
+def test_recipe_by_default_is_said(tmp_path, empty_plots, capsys):
+    tiny = (
+        "--epochs 1 --batch 8 --crop-size 32 --eval-size 32 --views 1 --layers 1 1 1 --planes 2 2 2 --threads 1".split()
+    )
+    images = fill(tmp_path / "set", 5)
+    assert train.main([*tiny, "--images", str(images), "--out", str(tmp_path / "run")]) == 0
+    assert "recipe cpu, as none is given with --recipe\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("counts", [(100, 10, 90), (1, 1, 50), (7, 7, 7)])
+def test_balanced_draws_show_each_class_equally_often(counts):
+    labels = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))
+    indices = torch.arange(len(labels) - 1)  # not all of the images
+    drawn = balanced_indices(indices, labels, (0, 0, 0))
+    assert drawn.dtype == torch.int64 and len(drawn) == len(indices)
+    per_class = labels[drawn].bincount(minlength=3)
+    assert per_class.max() - per_class.min() <= 1
+    for label in range(3):
+        members = indices[labels[indices] == label]
+        times = drawn.bincount(minlength=len(labels))[members]
+        assert times.max() - times.min() <= 1
+    assert set(drawn.tolist()) <= set(indices.tolist())
+
+
+def test_balanced_draws_are_of_the_seed_and_show_everything_in_time():
+    labels = torch.tensor([0] * 40 + [1] * 4)
+    epochs = [balanced_indices(torch.arange(44), labels, (3, 0, epoch)) for epoch in range(30)]
+    assert torch.equal(epochs[4], balanced_indices(torch.arange(44), labels, (3, 0, 4)))
+    assert not torch.equal(epochs[4].sort()[0], epochs[5].sort()[0])
+    assert torch.cat(epochs).unique().tolist() == list(range(44))
+
+
+def test_balanced_run_learns_from_balanced_draws(tmp_path, empty_plots, monkeypatch):
+    """What reaches the views of each epoch, against the draws by hand; an interrupted run sees the same."""
+    images = fill(tmp_path / "set", 4)
+    for number in range(20):
+        draw(images / "sky" / f"more{number}.png", COLOURS["sky"], number)
+    seen: list[torch.Tensor] = []
+    really = train.draw_epoch
+    monkeypatch.setattr(train, "draw_epoch", lambda indices, *rest: seen.append(indices) or really(indices, *rest))
+    command = [*TINY, "--images", str(images), "--image-size", "32", "--balance", "--seed", "4"]
+    assert train.main([*command, "--out", str(tmp_path / "run")]) == 0
+    trained = checkpoint.load_network(tmp_path / "run")
+    assert trained.recipe.balance
+    labels = torch.tensor([0] * 4 + [1] * 4 + [2] * 24)
+    indices, _ = split_indices(labels, 1337, 0.2)
+    assert [drawn.tolist() for drawn in seen] == [
+        balanced_indices(indices, labels, (4, stage, 0)).tolist() for stage in (0, 1)
+    ]
