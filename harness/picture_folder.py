@@ -78,7 +78,7 @@ def _list(folder: Path, passed: PassedOver) -> Listing:
     except OSError as error:
         raise RunError(f"cannot read the folder {printable(folder)}: {reason(error)}") from error
     for path in loose:
-        passed.add("picture outside the class folders", path)
+        passed.add(picture_search.OUTSIDE, path)
     members: dict[str, list[Path]] = {}
     for path in folders:
         members.setdefault(visible_name(path), []).append(path)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness.errors import RunError
-from harness.picture_search import PassedOver, look_into
+from harness.picture_search import OUTSIDE, PassedOver, look_into
 from harness.text import printable
 
 PARTS = {
@@ -33,10 +33,10 @@ class Layout(NamedTuple):
 
 
 class _Contents(NamedTuple):
-    """What lies in a folder, not below it: folders by their names in NFC, and whether there are pictures."""
+    """What lies in a folder, not below it; the folders by their visible names."""
 
     folders: dict[str, Path]
-    pictures: bool
+    pictures: list[Path]
 
 
 def visible_name(path: Path) -> str:
@@ -59,7 +59,8 @@ def find_layout(folder: Path, passed: PassedOver) -> Layout:
     Raises RunError where two folders claim one part, where a part is named but no class folders are in it, and where
     folders look like a split without being named as one, or the other way round.
     """
-    inside = _contents(folder)
+    beside = PassedOver()
+    inside = _contents(folder, beside)
     contents = {path: _contents(path) for path in inside.folders.values()}
     parts = {path: part_by_name(path.name) for path in contents}
     split = {path: part for path, part in parts.items() if part and contents[path].folders}
@@ -83,25 +84,30 @@ def find_layout(folder: Path, passed: PassedOver) -> Layout:
         if parts[path] in ("train", "val") and parts[path] not in found:
             raise RunError(f"{printable(path)} holds no class folders, as {printable(first)} does")
         passed.add("folder beside a split" if parts[path] is None else "part of a split without class folders", path)
-    return Layout(**{part: _unwrapped(found[part]) if part in found else None for part in PARTS})
+    passed.update(beside)
+    for path in inside.pictures:
+        passed.add(OUTSIDE, path)
+    return Layout(**{part: _unwrapped(found[part], passed) if part in found else None for part in PARTS})
 
 
-def _contents(folder: Path) -> _Contents:
+def _contents(folder: Path, passed: PassedOver | None = None) -> _Contents:
     """A folder that cannot be read seems empty here; it is named when it is searched."""
     try:
-        folders, pictures = look_into(folder, PassedOver())
+        folders, pictures = look_into(folder, PassedOver() if passed is None else passed)
     except OSError:
         folders, pictures = [], []
-    return _Contents({visible_name(path): path for path in folders}, bool(pictures))
+    return _Contents({visible_name(path): path for path in folders}, pictures)
 
 
-def _unwrapped(folder: Path) -> Path:
+def _unwrapped(folder: Path, passed: PassedOver) -> Path:
     """`folder`, or the one in it that repeats its name or its part, as in seg_train/seg_train/CLASS."""
-    inside = _contents(folder)
+    beside = PassedOver()
+    inside = _contents(folder, beside)
     if len(inside.folders) == 1 and not inside.pictures:
         (only,) = inside.folders.values()
         same = only.name.casefold() == folder.name.casefold() or part_by_name(only.name) == part_by_name(folder.name)
         if same and _contents(only).folders:
+            passed.update(beside)
             return only
     return folder
 

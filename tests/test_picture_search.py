@@ -1,5 +1,6 @@
 """What is looked for in folders, and that nothing is passed over without a word."""
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ import pytest
 from picture_folders import COLOURS, draw, fill
 from PIL import Image
 
+import predict
 from harness import picture_file, picture_folder, picture_search
 from harness.errors import RunError
 from harness.picture_search import HARMLESS, PassedOver, find
@@ -160,3 +162,29 @@ def test_names_of_any_bytes_are_escaped(tmp_path, capsys):
     (images / "leaf" / os.fsdecode(b"\xff.txt")).touch()
     assert picture_folder.load(images, 32)[0].classes == ("apple", "caf\\xe9", "leaf")
     assert "leaf/\\xff.txt" in capsys.readouterr().out
+
+
+def test_predict_names_what_it_leaves_out_and_its_status_says_whether_pictures_are_among_it(tiny_run, tmp_path, capsys):
+    def status() -> int:
+        words = [tiny_run, tmp_path / "set", "--json", tmp_path / "out.json", "--threads", "1", "--precision", "fp32"]
+        return predict.main([str(word) for word in words])
+
+    draw(tmp_path / "elsewhere" / "b.png", COLOURS["sky"], 1)
+    draw(tmp_path / "set" / "a.png", COLOURS["sky"], 0)
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere")
+    touch(tmp_path / "set", "notes.txt", ".DS_Store")
+    assert status() == 0
+    said = capsys.readouterr()
+    assert "a.png" in said.out and "linked/b.png" in said.out
+    assert said.err.splitlines() == [
+        f"{tmp_path / 'set'}: passed over 1, hidden: .DS_Store",
+        f"{tmp_path / 'set'}: passed over 1, not a picture by its name: notes.txt",
+    ]
+    (tmp_path / "set" / "lost.jpg").symlink_to("nowhere.jpg")
+    touch(tmp_path / "set", "new.heic")
+    assert status() == 1
+    assert f"skipped: {tmp_path / 'set' / 'lost.jpg'}: link leads nowhere" in capsys.readouterr().err.splitlines()
+    left_out = {
+        Path(each["file"]).name: each["reason"] for each in json.loads((tmp_path / "out.json").read_text())["skipped"]
+    }
+    assert left_out.keys() == {"lost.jpg", "new.heic"} and "not read" in left_out["new.heic"]

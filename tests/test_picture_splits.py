@@ -138,10 +138,15 @@ def test_what_looks_like_a_split_is_refused_with_the_way_out(tmp_path, make, sen
 def test_folders_beside_a_split_are_named(tmp_path, capsys):
     _copies("train", "val", "extra")(tmp_path)
     draw(tmp_path / "test_images" / "a.png", COLOURS["sky"], 5)
+    draw(tmp_path / "cover.png", COLOURS["sky"], 6)
+    draw(tmp_path / "train" / "cover.png", COLOURS["sky"], 7)
+    (tmp_path / "old").symlink_to("nowhere")
     assert len(picture_folder.load(tmp_path, 32)[0].labels) == 6
     told = capsys.readouterr().out
     assert "passed over 1, folder beside a split: extra" in told
     assert "passed over 1, part of a split without class folders: test_images" in told
+    assert "passed over 2, picture outside the class folders: cover.png, train/cover.png" in told
+    assert "passed over 1, link leads nowhere: old" in told
 
 
 @pytest.mark.parametrize("where", ["train and val", "one folder"])
