@@ -184,7 +184,6 @@ def test_predict_names_what_it_leaves_out_and_its_status_says_whether_pictures_a
     touch(tmp_path / "set", "new.heic")
     assert status() == 1
     assert f"skipped: {tmp_path / 'set' / 'lost.jpg'}: link leads nowhere" in capsys.readouterr().err.splitlines()
-    left_out = {
-        Path(each["file"]).name: each["reason"] for each in json.loads((tmp_path / "out.json").read_text())["skipped"]
-    }
+    skipped = json.loads((tmp_path / "out.json").read_text())["skipped"]
+    left_out = {Path(each["file"]).name: each["reason"] for each in skipped}
     assert left_out.keys() == {"lost.jpg", "new.heic"} and "not read" in left_out["new.heic"]
