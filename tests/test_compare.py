@@ -3,15 +3,13 @@ import dataclasses
 import json
 from pathlib import Path
 
-import commands
-import errors
-import plots
 import pytest
-from record import COLUMNS
-from scoring import wilson
-from settings import RECIPES
 
 import compare
+from harness import errors, plots, text
+from harness.metrics import wilson
+from harness.run_folder import COLUMNS
+from recipes import RECIPES
 
 
 def make_run(folder: Path, accuracies: list[float | None], **recipe: object) -> Path:
@@ -45,7 +43,7 @@ def test_the_table_by_hand(tmp_path, capsys):
         make_run(tmp_path / "whole", [0.4, 0.5, 0.62, 0.7, 0.75, 0.74], seed=3),
         make_run(tmp_path / "going", [0.41]),
         make_run(tmp_path / "begun", []),
-        make_run(tmp_path / "blind", [None, None], train_on="all", views=1),
+        make_run(tmp_path / "blind", [None, None], train_on="all", views_per_image=1),
     ]
     assert run(*runs) == 0
     header, *lines = capsys.readouterr().out.splitlines()
@@ -105,10 +103,10 @@ def test_what_is_no_run_is_one_line(tmp_path, capsys, file, content):
 
 
 def test_columns_are_aligned():
-    lines = commands.table(["name", "n"], [["a", "1"], ["longer", "200"]]).splitlines()
+    lines = text.table(["name", "n"], [["a", "1"], ["longer", "200"]]).splitlines()
     assert lines == ["name      n", "a         1", "longer  200"]
 
 
 def test_paths_become_printable():
-    assert commands.printable(Path("ü b")) == "ü b"
-    assert commands.printable(Path("a\udce9\x1b[31m\n")) == r"a\xe9\x1b[31m\n"
+    assert text.printable(Path("ü b")) == "ü b"
+    assert text.printable(Path("a\udce9\x1b[31m\n")) == r"a\xe9\x1b[31m\n"

@@ -3,11 +3,11 @@
 import re
 from pathlib import Path
 
-import checkpoint
-import dataset
 import pytest
-import scoring
 
+from harness import checkpoint, scoring
+from harness.images import load_images
+from harness.metrics import hits_and_loss
 from model import PARAMETER_BUDGET, count_parameters
 
 FOLDER = Path(__file__).parent.parent / "weights"
@@ -30,10 +30,11 @@ def test_they_are_within_the_budgets(trained):
     assert not trained.selected
 
 
+@pytest.mark.slow
 def test_they_score_what_their_card_says(trained, stl10_dir: Path):
-    found, _, val = dataset.load(trained.recipe, stl10_dir, fetch=False)
-    scores = scoring.logits(trained.model, found.images[val], trained.eval_size, mirror=trained.recipe.mirror)
-    hits, _ = scoring.hits_and_loss(scores, found.labels[val])
+    dataset, _, val = load_images(trained.recipe, stl10_dir, fetch=False)
+    scores = scoring.logits(trained.model, dataset.images[val], trained.eval_size, mirror=trained.recipe.mirror)
+    hits, _ = hits_and_loss(scores, dataset.labels[val])
     said = re.search(r"(\d+\.\d) % of the 1,000 validation images", CARD[CARD.index(trained.file.name) :])
     assert len(val) == 1_000
     assert hits.item() / 10 == pytest.approx(float(said[1]), abs=0.2)  # other processors round otherwise
