@@ -116,7 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=scoring.TTA,
         help="test-time augmentation; predictions are averaged over: "
         + "; ".join(f"{name}: {what}" for name, what in scoring.TTA.items())
-        + " (default: none, or mirror if the run validates so)",
+        + " (default: as the run validates)",
     )
     parser.add_argument("--ensemble", action="store_true", help="average the predictions of the networks into one")
     parser.add_argument(
@@ -255,7 +255,7 @@ def score_clean(
 ) -> tuple[dict[str, Any], Tensor]:
     """How the images were scored, and their logits (N, K): each member's own size and form if none are args."""
     sizes = [size or member.eval_size for member in members]
-    kinds = [tta or ("mirror" if member.recipe.mirror else "none") for member in members]
+    kinds = [tta or member.recipe.tta for member in members]
     scores = []
     with progress(len(images) * len(members), sizes[0]) as bar:
         for member, own_size, kind in zip(members, sizes, kinds, strict=True):

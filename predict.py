@@ -143,8 +143,8 @@ def predict(
             if not opened:
                 continue
             batch = torch.stack(list(opened.values()))
-            how = {"mirror": trained.recipe.mirror, "precision": machine.precision}
-            scores = scoring.logits(trained.model, batch.to(machine.device), trained.eval_size, **how)
+            how = {"tta": trained.recipe.tta, "precision": machine.precision}
+            scores = scoring.tta_logits(trained.model, batch.to(machine.device), trained.eval_size, **how)
             best = scores.softmax(1).topk(min(top, len(trained.classes)))
             for path, shares, labels in zip(opened, best.values.tolist(), best.indices.tolist(), strict=True):
                 choices = [(trained.classes[label], share) for label, share in zip(labels, shares, strict=True)]
@@ -180,7 +180,7 @@ def as_json(predictions: Sequence[Prediction], skipped: dict[str, str], trained:
         {"file": file, "choices": [{"class": name, "confidence": share} for name, share in choices]}
         for file, choices, _ in predictions
     ]
-    how = {"checkpoint": str(trained.file), "size": trained.eval_size, "mirror": trained.recipe.mirror}
+    how = {"checkpoint": str(trained.file), "size": trained.eval_size, "tta": trained.recipe.tta}
     left_out = [{"file": file, "reason": reason} for file, reason in skipped.items()]
     return json.dumps({**how, "pictures": seen, "skipped": left_out}, indent=2) + "\n"
 

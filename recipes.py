@@ -12,6 +12,7 @@ from data import AUGMENTATIONS, TUNE_FOLDS
 from model import NETWORKS, PARAMETER_BUDGET, ResNet, WideNet, build_model
 from scheduler import restart_rate, warmup_cosine_rate
 
+TTA = ("none", "mirror", "multi")  # see harness.scoring
 NO_LIMIT = 10**12  # parameters: a budget that holds nothing back
 MOST_VIEWS = 10_000
 # what the recipes' views are set for, and beyond how many views of an image in all a small set gains no more
@@ -132,7 +133,12 @@ class Recipe:
         "decay of the running average of weights that is scored and kept; 0 is off", 0.0, low=0.0, high=0.99999
     )
     average_warmup: bool = option("let the average's decay rise with the steps, so that it fits short runs too", True)
-    mirror: bool = option("score each image together with its mirror image", False)
+    tta: str = option(
+        "forms of each image whose scores are averaged (test-time augmentation): none: itself; mirror: and its mirror "
+        "image; multi: itself and five crops of 7/8 of its side, all mirrored",
+        "none",
+        choices=TTA,
+    )
 
     def __post_init__(self) -> None:
         check_limits(self)
@@ -195,6 +201,8 @@ class Recipe:
         Raises ValueError, TypeError or KeyError for anything else.
         """
         values = {OLD_NAMES.get(name, name): value for name, value in values.items()}
+        if "mirror" in values:  # of format 1
+            values["tta"] = "mirror" if values.pop("mirror") else "none"
         values = old_rules(values) | values
         stages = tuple(Stage(**_tuples(stage)) for stage in values.pop("stages"))
         augmentation = ViewOptions(**_tuples(values.pop("augmentation")))
@@ -292,7 +300,7 @@ CPU = Recipe(
     schedule="cosine",
     label_smoothing=0.1,
     average=0.998,
-    mirror=True,
+    tta="mirror",
 )
 # Finer maps, larger crops, stronger views, CutMix. `train.py --recipe cpu-long`: 1.9 million samples, an hour of two
 # cores with bf16, or some eight hours of others; 88.5 % (one seed).

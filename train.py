@@ -301,8 +301,8 @@ class Trainer:
         """
         if not len(val) or not self.machine.leads:
             return None, None
-        device, how = self.machine.device, {"mirror": self.recipe.mirror, "precision": self.machine.precision}
-        logits = scoring.logits(self.eval_model, images[val].to(device), size, **how)
+        device, how = self.machine.device, {"tta": self.recipe.tta, "precision": self.machine.precision}
+        logits = scoring.tta_logits(self.eval_model, images[val].to(device), size, **how)
         hits, loss = hits_and_loss(logits, labels[val].to(device))
         return loss.item(), hits.item() / len(val)
 

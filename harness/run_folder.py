@@ -323,7 +323,7 @@ class RunFolder:
             "val_accuracy": row["val_accuracy"],
             "interval_95": [round(low, 4), round(high, 4)],
             "eval_size": self.recipe.stages[row["stage"] - 1].eval_size,
-            "mirror": self.recipe.mirror,
+            "tta": self.recipe.tta,
         }
 
 

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from augment import ViewOptions, draw_epoch, make_batch, normalise
 from harness.machine import autocast
+from model import SMALLEST_INPUT
 
 ORIGINAL_VIEWS = 20  # of each validation image, see `original_logits`
+CROP = 7 / 8  # of the side
 CROPS = "the whole image and five crops of 7/8 of its side (corners and centre)"
 TTA = {  # test-time augmentation: the forms of each image whose predictions are averaged
     "none": "the image alone",
@@ -66,15 +68,19 @@ def _score(model: nn.Module, images: Tensor, size: int, mirror: bool) -> Tensor:
 def tta_logits(
     model: nn.Module, images: Tensor, size: int, tta: str, *, precision: torch.dtype | None = None
 ) -> Tensor:
-    """`logits` averaged over the forms of each image that `TTA` names, each at `size` px."""
-    parts = [images]
+    """`logits` averaged over the forms of each image that `TTA` names, the whole image at `size` px.
+
+    Crops are scored at their share of `size`, so that objects have the size that they have in the whole image.
+    """
+    parts = [(images, size)]
     if tta == "multi":
         height, width = images.shape[-2:]
-        h, w = round(height * 7 / 8), round(width * 7 / 8)
+        h, w = round(height * CROP), round(width * CROP)
         down, right = height - h, width - w
         places = [(0, 0), (0, right), (down, 0), (down, right), (down // 2, right // 2)]
-        parts += [images[:, :, top : top + h, left : left + w] for top, left in places]
-    scores = [logits(model, part, size, mirror=tta != "none", precision=precision) for part in parts]
+        cropped = max(round(size * CROP), SMALLEST_INPUT)
+        parts += [(images[:, :, top : top + h, left : left + w], cropped) for top, left in places]
+    scores = [logits(model, part, side, mirror=tta != "none", precision=precision) for part, side in parts]
     return average(scores) if len(scores) > 1 else scores[0]
 
 

@@ -19,7 +19,7 @@ def test_plain_command_is_the_original_recipe():
     assert (first.epochs, first.crop_size, first.batch, first.lr) == (300, (70,), 128, 1e-3)
     assert (second.epochs, second.crop_size, second.batch, second.lr) == (140, (120,), 64, 5e-4)
     assert (recipe.views_per_image, recipe.seed, recipe.optimizer, recipe.weight_decay) == (20, 0, "adam", 1e-4)
-    assert recipe.decay_norms and recipe.label_smoothing == recipe.average == 0 and not recipe.mirror
+    assert recipe.decay_norms and recipe.label_smoothing == recipe.average == 0 and recipe.tta == "none"
     samples = sum(stage.epochs * 4000 * recipe.views_per_image for stage in recipe.stages)
     assert samples == 35_200_000
 
@@ -35,7 +35,7 @@ def test_every_field_with_a_help_text_is_a_flag(settings_class):
 
 def test_flags_replace_the_recipes_values():
     recipe, runtime = parse_train(
-        "--recipe cpu --epochs 3 --crop-size 32,48 --rotation 5 --crop-scale 0.5 1 --views 2 --no-mirror "
+        "--recipe cpu --epochs 3 --crop-size 32,48 --rotation 5 --crop-scale 0.5 1 --views 2 --tta none "
         "--planes 4 8 16 --fold 2 --out x --threads 1".split()
     )
     expected = dataclasses.replace(
@@ -43,7 +43,7 @@ def test_flags_replace_the_recipes_values():
         stages=(dataclasses.replace(RECIPES["cpu"].stages[0], epochs=3, crop_size=(32, 48)),),
         augmentation=dataclasses.replace(RECIPES["cpu"].augmentation, rotation=5.0, crop_scale=(0.5, 1.0)),
         views_per_image=2,
-        mirror=False,
+        tta="none",
         planes=(4, 8, 16),
         fold=2,
     )

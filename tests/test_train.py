@@ -293,7 +293,7 @@ def test_run_goes_on_after_a_number_gone_wrong(tmp_path: Path, small_demo, monke
 # the same bits again
 
 
-@pytest.mark.parametrize("flags", ["", "--mixup 0.2 --cutmix 1 --erase 0.5 --average 0.9 --optimizer sgd --mirror"])
+@pytest.mark.parametrize("flags", ["", "--mixup 0.2 --cutmix 1 --erase 0.5 --average 0.9 --optimizer sgd --tta mirror"])
 def test_same_seed_same_bits(flags: str, tmp_path: Path, small_demo) -> None:
     for name in "ab":
         torch.manual_seed(ord(name))  # nothing hangs on the state of the global generator

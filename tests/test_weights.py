@@ -33,7 +33,7 @@ def test_they_are_within_the_budgets(trained):
 @pytest.mark.slow
 def test_they_score_what_their_card_says(trained, stl10_dir: Path):
     dataset, _, val = load_images(trained.recipe, stl10_dir, fetch=False)
-    scores = scoring.logits(trained.model, dataset.images[val], trained.eval_size, mirror=trained.recipe.mirror)
+    scores = scoring.tta_logits(trained.model, dataset.images[val], trained.eval_size, trained.recipe.tta)
     hits, _ = hits_and_loss(scores, dataset.labels[val])
     said = re.search(r"(\d+\.\d) % of the 1,000 validation images", CARD[CARD.index(trained.file.name) :])
     assert len(val) == 1_000
