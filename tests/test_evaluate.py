@@ -4,31 +4,21 @@ import shutil
 import statistics
 from pathlib import Path
 
-import checkpoint
-import dataset
-import errors
 import numpy as np
-import plots
 import pytest
-import report
-import scoring
-import scoring_ledger
 import torch
-from errors import RunError
+from matplotlib.figure import Figure
 from PIL import Image
 
 import data
 import evaluate
+from harness import checkpoint, demo_shapes, download, errors, metrics, plots, report, scoring, scoring_ledger
+from harness.errors import RunError
+from harness.images import load_for_network, load_test_images, recorded_source
 
 PICTURES = {"confusion.png", "per_class.png", "mistakes.png", "reliability.png"}
-SAVE = plots._save
-pytestmark = pytest.mark.usefixtures("small_demo")
-
-
-@pytest.fixture(autouse=True)
-def empty_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plots are empty files here: writing real ones takes most of the time."""
-    monkeypatch.setattr(plots, "_save", lambda figure, path: path.touch())
+SAVE = Figure.savefig
+pytestmark = pytest.mark.usefixtures("small_demo", "empty_plots")
 
 
 def run(*arguments: object) -> int:
@@ -50,12 +40,12 @@ def by_hand(path: Path, size: int, split: str = "val", **options: object) -> tup
     """Logits and labels of a checkpoint's images."""
     trained = checkpoint.load_network(path)
     if split == "test":
-        found = dataset.load_test(trained, *dataset.places(path))
-        images, labels = found.images, found.labels
+        dataset = load_test_images(trained, recorded_source(path))
+        pixels, labels = dataset.images, dataset.labels
     else:
-        found, _, val = dataset.of_trained(trained, *dataset.places(path))
-        images, labels = found.images[val], found.labels[val]
-    return scoring.logits(trained.model, images, size, **options), labels
+        dataset, _, val = load_for_network(trained, recorded_source(path), fetch=False)
+        pixels, labels = dataset.images[val], dataset.labels[val]
+    return scoring.logits(trained.model, pixels, size, **options), labels
 
 
 @pytest.fixture
@@ -77,16 +67,16 @@ def altered(tiny_run: Path, tmp_path: Path):
 
 def test_the_report_repeats_what_training_measured(tiny_run, tmp_path, capsys):
     for flags, row, selected in (
-        ([], max(rows(tiny_run), key=lambda row: row["val_accuracy"]), True),
-        (["--last"], rows(tiny_run)[-1], False),
+        (["--best"], max(rows(tiny_run), key=lambda row: row["val_accuracy"]), True),
+        ([], rows(tiny_run)[-1], False),
     ):
         assert run(tiny_run, "--out", tmp_path, *flags) == 0
         (entry,), said = read(tmp_path)["networks"], capsys.readouterr().out
         (result,), (member,) = entry["results"], entry["members"]
         assert result["accuracy"] == row["val_accuracy"] and result["images"] == 40
         assert result["loss"] == pytest.approx(row["val_loss"], rel=1e-5)
-        assert result["interval_95"] == list(scoring.wilson(round(40 * row["val_accuracy"]), 40))
-        assert result["views"] == "none" and result["size"] == (40 if row["stage"] == 2 else 32)
+        assert result["interval_95"] == list(metrics.wilson(round(40 * row["val_accuracy"]), 40))
+        assert result["tta"] == "none" and result["size"] == (40 if row["stage"] == 2 else 32)
         assert statistics.fmean(result["per_class"].values()) == pytest.approx(result["accuracy"])
         assert (member["selected_on_val"], member["epoch"]) == (selected, row["epoch"])
         assert f"{row['val_accuracy']:.1%}" in said
@@ -96,7 +86,7 @@ def test_the_report_repeats_what_training_measured(tiny_run, tmp_path, capsys):
 
 
 def test_pictures_are_pictures(tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "_save", SAVE)
+    monkeypatch.setattr(Figure, "savefig", SAVE)
     assert run(tiny_run, "--size", 32, 64, "--out", tmp_path) == 0
     drawn = list(tmp_path.glob("*.png"))
     assert {path.name for path in drawn} == PICTURES | {"sizes.png"}
@@ -111,7 +101,7 @@ def test_accuracy_against_size(tiny_run, tmp_path, capsys, monkeypatch):
     assert run(tiny_run / "last.pt", "--size", 48, 32, 40, 32, "--out", tmp_path) == 0
     (entry,) = read(tmp_path)["networks"]
     assert [result["size"] for result in entry["results"]] == [32, 40, 48]
-    expected = [scoring.accuracy(*by_hand(tiny_run / "last.pt", size)) for size in (32, 40, 48)]
+    expected = [metrics.accuracy(*by_hand(tiny_run / "last.pt", size)) for size in (32, 40, 48)]
     assert [result["accuracy"] for result in entry["results"]] == expected
     assert drawn == [("sizes.png", (32, 40, 48), tuple(expected))]
     assert entry["shown"] == 1  # the eval size of the last stage
@@ -120,24 +110,25 @@ def test_accuracy_against_size(tiny_run, tmp_path, capsys, monkeypatch):
 
 def test_default_folders(tiny_runs, tmp_path):
     def folder(*arguments: object) -> Path:
-        given = evaluate.build_parser().parse_args([str(argument) for argument in arguments])
-        paths = evaluate.check(evaluate.build_parser(), given)
-        return evaluate.default_folder(given, [checkpoint.load_network(path) for path in paths])
+        args = evaluate.build_parser().parse_args([str(argument) for argument in arguments])
+        paths, *_ = evaluate.check(evaluate.build_parser(), args)
+        return evaluate.default_folder(args, [checkpoint.load_network(path) for path in paths])
 
     first, second = tiny_runs
     assert folder(first) == first / "evaluation-val"
-    assert folder(first, "--last", "--split", "test") == first / "evaluation-test-last"
+    assert folder(first, "--best", "--split", "test") == first / "evaluation-test-best"
+    assert folder(first / "stage1.pt") == first / "evaluation-val-stage1"
     assert folder(first, "--protocol", "original") == first / "evaluation-val-original"
     assert folder(first, second) == first.parent / "evaluation-val"
-    assert folder(first, second, "--ensemble", "--last") == first.parent / "evaluation-val-last-ensemble"
+    assert folder(first, second, "--ensemble", "--best") == first.parent / "evaluation-val-best-ensemble"
 
 
 def test_several_runs_give_mean_and_deviation(tiny_runs, tmp_path, capsys):
     (tmp_path / "sizes.png").touch()  # of an earlier evaluation
-    assert run(*tiny_runs, "--last", "--size", 32, 40, "--out", tmp_path) == 0
+    assert run(*tiny_runs, "--size", 32, 40, "--out", tmp_path) == 0
     found, said = read(tmp_path), capsys.readouterr()
     for place, size in enumerate((32, 40)):
-        accuracies = [scoring.accuracy(*by_hand(folder / "last.pt", size)) for folder in tiny_runs]
+        accuracies = [metrics.accuracy(*by_hand(folder / "last.pt", size)) for folder in tiny_runs]
         assert [entry["results"][place]["accuracy"] for entry in found["networks"]] == accuracies
         together = found["over the networks"][place]
         assert together["mean"] == pytest.approx(sum(accuracies) / 2) and together["networks"] == 2
@@ -154,7 +145,7 @@ def test_runs_that_differ_in_more_than_seeds_are_not_averaged_silently(tiny_run,
 
 
 def test_an_ensemble_averages_and_says_so(tiny_runs, tmp_path, capsys):
-    assert run(*tiny_runs, "--last", "--ensemble", "--views", "mirror", "--out", tmp_path) == 0
+    assert run(*tiny_runs, "--ensemble", "--tta", "mirror", "--out", tmp_path) == 0
     shares = [by_hand(folder / "last.pt", 40, mirror=True)[0].softmax(1) for folder in tiny_runs]
     labels = by_hand(tiny_runs[0] / "last.pt", 40)[1]
     (entry,) = read(tmp_path)["networks"]
@@ -174,13 +165,13 @@ def test_an_ensemble_is_not_scored_on_what_a_member_has_learnt(tiny_run, altered
 def test_the_original_protocol(tiny_run, tmp_path, capsys):
     """Of stage 2: 20 views of 40 images at 32 px in 25 batches of 32."""
     before = (tiny_run / "last.pt").read_bytes()
-    assert run(tiny_run, "--last", "--protocol", "original", "--out", tmp_path) == 0
+    assert run(tiny_run, "--protocol", "original", "--out", tmp_path) == 0
     trained = checkpoint.load_network(tiny_run / "last.pt")
-    found, _, val = dataset.of_trained(trained, *dataset.places(tiny_run))
-    scores, index = scoring.original_logits(trained.model, found.images[val], 32, 32)
+    dataset, _, val = load_for_network(trained, recorded_source(tiny_run), fetch=False)
+    scores, index = scoring.original_logits(trained.model, dataset.images[val], 32, 32)
     (entry,) = read(tmp_path)["networks"]
     (result,) = entry["results"]
-    assert result["accuracy"] == scoring.accuracy(scores, found.labels[val][index])
+    assert result["accuracy"] == metrics.accuracy(scores, dataset.labels[val][index])
     assert (result["predictions"], result["images"], result["batch"], result["size"]) == (800, 40, 32, 32)
     assert "20 random views of each image, 800 in batches of 32" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"report.json"}
@@ -189,7 +180,7 @@ def test_the_original_protocol(tiny_run, tmp_path, capsys):
 
 def test_scoring_on_test_is_counted(tiny_run, altered, capsys):
     folder = altered(seed=5)
-    accuracy = scoring.accuracy(*by_hand(folder / "best.pt", size := checkpoint.load_network(folder).eval_size, "test"))
+    accuracy = metrics.accuracy(*by_hand(folder / "last.pt", size := checkpoint.load_network(folder).eval_size, "test"))
     for times in (1, 2, 3):
         assert run(folder, "--split", "test") == 0
         said = capsys.readouterr()
@@ -199,9 +190,9 @@ def test_scoring_on_test_is_counted(tiny_run, altered, capsys):
             assert "2 times before" in said.err
         scorings = json.loads((folder / scoring_ledger.FILE).read_text())
         assert len(scorings) == times
-        facts = {"accuracy": accuracy, "size": size, "views": "none", "ensemble_of": 1}
+        facts = {"accuracy": accuracy, "size": size, "tta": "none", "ensemble_of": 1}
         assert facts.items() <= scorings[-1].items()
-        assert scorings[-1]["checkpoint"] == str(folder / "best.pt") and len(scorings[-1]["sha256"]) == 64
+        assert scorings[-1]["checkpoint"] == str(folder / "last.pt") and len(scorings[-1]["sha256"]) == 64
     assert read(folder / "evaluation-test")["networks"][0]["results"][0]["accuracy"] == accuracy
 
 
@@ -213,13 +204,31 @@ def test_a_broken_count_is_not_passed_over(altered, capsys):
     assert (folder / scoring_ledger.FILE).read_text() == '{"not": "a list"}'
 
 
-@pytest.mark.parametrize("split, file", [("val", "train_X.bin"), ("test", "test_X.bin")])
-def test_missing_official_files(altered, tmp_path, capsys, split, file):
-    assert run(altered(name="original"), "--split", split, "--data-dir", tmp_path) == 1
+def test_missing_test_images_are_not_fetched(altered, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(download, "fetch", lambda *_: pytest.fail("fetched"))
+    assert run(altered(name="original"), "--split", "test", "--data-dir", tmp_path) == 1
     said = capsys.readouterr().err
-    assert said.startswith(f"error: the {split} images are missing: {file}") and said.count("\n") == 1
-    assert ("choose nothing" in said) == (split == "test")
+    assert said.startswith("error: the test images are missing: test_X.bin") and said.count("\n") == 1
+    assert "choose nothing" in said
     assert not (tmp_path / data.FOLDER).exists()
+
+
+def test_missing_val_images_are_fetched(tiny_run, altered, tmp_path, capsys, monkeypatch):
+    """As `train.py` does. The download is of the drawn pictures here, in the official files' format."""
+
+    def fetch(data_dir: Path) -> None:
+        for name, spec in demo_shapes.make(data_dir).items():
+            monkeypatch.setitem(data.OFFICIAL, name, spec)
+
+    monkeypatch.setattr(download, "fetch", fetch)
+    monkeypatch.setattr(data.load, "__defaults__", (data.OFFICIAL, demo_shapes.DEMO_CLASSES))
+    folder, place = altered(name="original"), tmp_path / "place"
+    assert run(folder, "--data-dir", place, "--out", tmp_path / "out") == 0
+    assert f"train_X.bin and train_y.bin not found in {place / data.FOLDER}" in capsys.readouterr().out
+    (entry,) = read(tmp_path / "out")["networks"]
+    assert entry["results"][0]["accuracy"] == rows(tiny_run)[-1]["val_accuracy"]
+    monkeypatch.setattr(download, "fetch", lambda *_: pytest.fail("fetched again"))
+    assert run(folder, "--data-dir", place, "--out", tmp_path / "out") == 0
 
 
 def test_a_network_trained_on_all_has_no_val_images(altered, capsys):
@@ -235,22 +244,22 @@ def test_a_network_trained_on_all_has_no_val_images(altered, capsys):
 def test_most_confident_mistakes_come_first(tiny_run, tmp_path, monkeypatch):
     sheets = []
     monkeypatch.setattr(plots, "sample_sheet", lambda path, images, titles, **options: sheets.append((images, titles)))
-    assert run(tiny_run, "--last", "--out", tmp_path) == 0
+    assert run(tiny_run, "--out", tmp_path) == 0
     scores, labels = by_hand(tiny_run / "last.pt", 40)
     trained = checkpoint.load_network(tiny_run / "last.pt")
-    found, _, val = dataset.of_trained(trained, *dataset.places(tiny_run))
+    dataset, _, val = load_for_network(trained, recorded_source(tiny_run), fetch=False)
     confidence, predicted = scores.softmax(1).max(1)
     wrong = [i for i in np.argsort(-confidence.numpy(), kind="stable") if predicted[i] != labels[i]][: report.MISTAKES]
-    ((images, titles),) = sheets
-    assert np.array_equal(images, found.images[val][torch.tensor(wrong)].numpy())
-    names = found.classes
+    ((pixels, titles),) = sheets
+    assert np.array_equal(pixels, dataset.images[val][torch.tensor(wrong)].numpy())
+    names = dataset.classes
     assert titles == [f"{names[predicted[i]]} {confidence[i]:.0%}\n(is {names[labels[i]]})" for i in wrong]
 
 
 def test_notes_tell_of_foreign_weights_and_unfinished_runs(tiny_run, altered, tmp_path, capsys):
     stages = checkpoint.load(tiny_run / "last.pt")["recipe"]["stages"]
     folder = altered(init="elsewhere.pt", stages=[{**stage, "epochs": 9} for stage in stages])
-    assert run(folder, "--last", "--size", 32, "--out", tmp_path / "out") == 0
+    assert run(folder, "--size", 32, "--out", tmp_path / "out") == 0
     said = capsys.readouterr().out
     assert "began with weights of another one" in said and "is of epoch 4 of 18: the run is not finished" in said
 
@@ -259,12 +268,12 @@ def test_notes_tell_of_foreign_weights_and_unfinished_runs(tiny_run, altered, tm
     "arguments, complaint",
     [
         ("--size 31", "'31' is not a whole number from 32 to 1024"),
-        ("--protocol original --views none", "--protocol original and --views exclude each other"),
+        ("--protocol original --tta none", "--protocol original and --tta exclude each other"),
         ("--protocol original --split test", "--protocol original and --split test exclude each other"),
         ("--split test --size 32 64", "several sizes are compared on clean val images only"),
         ("--ensemble", "--ensemble takes two networks or more"),
         ("--threads -1", "--threads"),
-        ("{run}/best.pt", "the same network is given twice"),
+        ("{run}/last.pt", "the same network is given twice"),
         ("--split train", "invalid choice"),
     ],
 )
@@ -279,7 +288,8 @@ def test_what_cannot_be_read_or_written_is_one_line(tiny_run, tmp_path, capsys):
     (tmp_path / "file").touch()
     for arguments, name in (
         ([tmp_path / "nothing"], "nothing"),
-        ([tmp_path], "best.pt"),
+        ([tmp_path], "last.pt"),
+        ([tmp_path, "--best"], "best.pt"),
         ([tmp_path / "file"], "file"),
         ([tiny_run, "--out", tmp_path / "file"], "file"),
         ([tiny_run, "--device", "abacus"], "abacus"),
