@@ -34,15 +34,15 @@ def open_square(path: Path, size: int) -> Tensor:
     """The largest centred square of a picture at size × size px: uint8 (3, size, size), RGB.
 
     It is brought to that size by one bilinear resampling with antialiasing; one that has the size keeps its very
-    pixels. Of an animation the first frame counts; the camera's note on which side is up is followed; what is
-    transparent lies on white; 16 bits become 8 by their range, not by their brightest pixel.
+    pixels. Of an animation the first frame counts; the Exif orientation is applied; what is transparent lies on white;
+    16 bits become 8 by their range, not by their brightest pixel.
     Raises RunError for a file that is missing, broken, no picture, or implausibly large (Pillow's guard against
     decompression bombs, 89 million pixels).
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            warnings.simplefilter("ignore", UserWarning)  # of odd but harmless notes in a file
+            warnings.simplefilter("ignore", UserWarning)  # of odd but harmless metadata
             picture = _read(path)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise RunError(
@@ -79,7 +79,7 @@ def _decode(file: Path | io.BytesIO) -> Image.Image:
         image.load()
         try:
             turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
-        except Exception:  # as on broken files; where the note cannot be read, there is none
+        except Exception:  # broken metadata raise anything, as broken files do
             turn = None
         picture = _rgb(image)
     return picture if turn is None else picture.transpose(turn)

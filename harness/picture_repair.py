@@ -1,7 +1,7 @@
 """Picture files whose pixels are whole and whose other parts are not, made readable without touching the pixels.
 
-Pillow refuses a PNG for a broken note in it (a profile, a comment, a time) and a JPEG for its missing last two bytes.
-It could be made lenient as a whole, but would then show cut pictures, too, with grey where there is nothing.
+Pillow refuses a PNG for broken metadata (a profile, a comment, a time) and a JPEG for its missing last two bytes. It
+could be made lenient as a whole, but would then show cut pictures, too, with grey where there is nothing.
 """
 
 import hashlib
@@ -31,14 +31,14 @@ def repaired(data: bytes, decode: Callable[[io.BytesIO], Image.Image]) -> Image.
     Raises what `decode` raises.
     """
     if data.startswith(PNG_START):
-        return decode(io.BytesIO(_without_notes(data)))
+        return decode(io.BytesIO(_without_metadata(data)))
     if data.startswith(JPEG_START) and not data.endswith(JPEG_END):
         return _with_end(data.rstrip(b"\xff"), decode)
     return None
 
 
-def _without_notes(png: bytes) -> bytes:
-    """The chunks that decide the pixels, and the note on which side is up if it is whole."""
+def _without_metadata(png: bytes) -> bytes:
+    """The chunks that decide the pixels, and the orientation if its chunk is whole."""
     kept, position = [PNG_START], len(PNG_START)
     while position + 12 <= len(png):
         length, kind = struct.unpack_from(">I4s", png, position)

@@ -33,7 +33,7 @@ NOWHERE = "link leads nowhere"
 LOOP = "link leads back to a folder above it"
 NOT_A_FILE = "neither a file nor a folder"
 OUTSIDE = "picture outside the class folders"
-NOT_READ = "picture of a kind that is not read: convert it"
+NOT_READ = "picture of a kind that must be converted first"
 HARMLESS = (HIDDEN, SYSTEM, OTHER_KIND)  # what is passed over for another reason may be a picture
 
 

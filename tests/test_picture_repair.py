@@ -1,4 +1,4 @@
-"""Files with broken notes or without their last bytes: read where the pixels are whole, else refused."""
+"""Files with broken metadata or without their last bytes: read where the pixels are whole, else refused."""
 
 import io
 import struct

@@ -45,7 +45,7 @@ def test_every_entry_is_found_or_passed_over_for_a_reason(tmp_path):
         "hidden": [".hidden.png", ".thumbs", "deep/._c.webp"],
         "left by the system or an archiver": ["__MACOSX", "deep/@eaDir"],
         "not a picture by its name": ["deep/Thumbs.db", "notes.txt"],
-        "picture of a kind that is not read: convert it": ["new.heic"],
+        "picture of a kind that must be converted first": ["new.heic"],
         "neither a file nor a folder": ["pipe.png"],
         "link leads nowhere": ["lost.jpg", "self.jpg"],
     }
@@ -126,7 +126,7 @@ def test_reports_count_name_the_first_and_tell_the_kinds(tmp_path):
     assert passed.lines(tmp_path) == [
         f"{tmp_path}: passed over 1,201, not a picture by its name (.txt 1,200, no suffix 1): "
         "cat/0.txt, cat/1.txt, cat/10.txt, …",
-        f"{tmp_path}: passed over 1, picture of a kind that is not read: convert it: dog/x.heic",
+        f"{tmp_path}: passed over 1, picture of a kind that must be converted first: dog/x.heic",
     ]
     assert passed.lines(tmp_path, HARMLESS) == passed.lines(tmp_path)[:1]
     assert passed.possible_pictures() == [(tmp_path / "dog" / "x.heic", picture_search.NOT_READ)]
@@ -186,4 +186,4 @@ def test_predict_names_what_it_leaves_out_and_its_status_says_whether_pictures_a
     assert f"skipped: {tmp_path / 'set' / 'lost.jpg'}: link leads nowhere" in capsys.readouterr().err.splitlines()
     skipped = json.loads((tmp_path / "out.json").read_text())["skipped"]
     left_out = {Path(each["file"]).name: each["reason"] for each in skipped}
-    assert left_out.keys() == {"lost.jpg", "new.heic"} and "not read" in left_out["new.heic"]
+    assert left_out.keys() == {"lost.jpg", "new.heic"} and "converted" in left_out["new.heic"]
