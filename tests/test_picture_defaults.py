@@ -17,12 +17,12 @@ from recipes import MOST_PASSES, RECIPES, fit_views
 @pytest.mark.parametrize(
     "name, images, views",
     [
-        ("cpu", 4_000, 15),
-        ("cpu", 5_000, 12),
-        ("cpu", 1_000, 60),
-        ("cpu", 500, 120),
-        ("cpu", 40, MOST_PASSES // 8),
-        ("cpu", 50_000, 1),
+        ("cpu", 4_000, 20),
+        ("cpu", 5_000, 16),
+        ("cpu", 1_000, 80),
+        ("cpu", 500, 160),
+        ("cpu", 40, MOST_PASSES // 4),
+        ("cpu", 50_000, 2),
         ("cpu", 1_000_000, 1),
         ("original", 4_000, 20),
         ("original", 200, 20),  # whose epochs are 8,800 passes already

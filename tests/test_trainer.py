@@ -232,7 +232,7 @@ def test_a_stage_keeps_the_weights_alone_of_the_one_before():
 def test_validation_scores_the_average_on_clean_images_of_that_size():
     trainer, _ = trained()
     (images, labels), val = pictures(), torch.tensor([3, 7, 8, 30, 39])
-    logits = scoring.logits(trainer.average.net, images[val], 40, mirror=True)
+    logits = scoring.tta_logits(trainer.average.net, images[val], 40, trainer.recipe.tta)
     loss, accuracy = trainer.validate(images, labels, val, 40)
     assert loss == pytest.approx(F.cross_entropy(logits, labels[val]).item(), rel=1e-6)
     assert accuracy == (logits.argmax(1) == labels[val]).sum().item() / 5
