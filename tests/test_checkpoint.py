@@ -173,6 +173,7 @@ def make_format_1(path: Path) -> None:
     payload = checkpoint.load(path)
     recipe = payload["recipe"]
     recipe |= {"view": recipe.pop("augmentation"), "views": recipe.pop("views_per_image")}
+    recipe["mirror"] = recipe.pop("tta") == "mirror"
     del recipe["last_pool"]
     older = {"crossings": []} if payload["kind"] == "run" else {}
     torch.save(payload | older | {"format": 1}, path)
@@ -200,7 +201,7 @@ def test_the_network_that_comes_with_the_project_is_of_format_1() -> None:
     (path,) = (ROOT / "weights").glob("cpu-long-seed0.pt")
     payload, recipe = checkpoint.load(path), checkpoint.load_network(path).recipe
     assert payload["format"] == 1 and recipe.views_per_image == payload["recipe"]["views"] == 20
-    assert recipe.augmentation == AUGMENTATIONS["strong"]
+    assert recipe.augmentation == AUGMENTATIONS["strong"] and payload["recipe"]["mirror"] and recipe.tta == "mirror"
 
 
 # foreign

@@ -9,19 +9,17 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
-import checkpoint
-import dataset
-import demo
 import pytest
-import scoring
-import settings
 import torch
-from errors import RunError
-from garden import fill
+from picture_folders import fill
 from torch import Tensor
 
 import augment
 import export
+import recipes
+from harness import checkpoint, demo_shapes, scoring
+from harness.errors import RunError
+from harness.images import Source, identity, load_images
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in export.ONNX_PACKAGES), reason="onnx is not installed"
@@ -41,22 +39,22 @@ class Exported(NamedTuple):
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a small network for three classes whose weights and statistics are random."""
     folder = tmp_path_factory.mktemp("run")
-    recipe = settings.replace(settings.RECIPES["demo"], {"planes": (3, 4, 5)})
+    recipe = recipes.replace(recipes.RECIPES["demo"], {"planes": (3, 4, 5)})
     torch.manual_seed(0)
-    net = checkpoint.network(recipe, 3)
+    net = recipes.build_network(recipe, 3)
     with torch.no_grad():
         for value in net.state_dict().values():
             if value.is_floating_point() and value.ndim == 1:
                 value.uniform_(0.5, 2)
     images = {"train": 24, "val": 6, "digest": "of a folder that is not here"}
     payload = {"kind": "weights", "recipe": recipe.as_dict(), "classes": list(CLASSES), "images": images}
-    checkpoint.save(folder / "best.pt", {**payload, "eval_size": 48, "epoch": 7, "model": net.state_dict()})
+    checkpoint.save(folder / "last.pt", {**payload, "eval_size": 48, "epoch": 7, "model": net.state_dict()})
     return folder
 
 
 @pytest.fixture(scope="module")
 def pictures() -> Tensor:
-    return torch.from_numpy(demo.draw("test", 1)[0]).transpose(2, 3)
+    return torch.from_numpy(demo_shapes.draw_shapes("test", 1)[0]).transpose(2, 3)
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -122,11 +120,11 @@ def test_files_say_what_they_take_and_give(exported: Exported) -> None:
 
 
 def test_half_precision_weights_are_a_checkpoint_of_half_the_size(tmp_path: Path) -> None:
-    recipe = settings.RECIPES["original"]
+    recipe = recipes.RECIPES["original"]
     torch.manual_seed(0)
     whole = tmp_path / "whole.pt"
     payload = {"kind": "weights", "recipe": recipe.as_dict(), "classes": list("0123456789"), "eval_size": 96}
-    state = checkpoint.network(recipe, 10).state_dict()
+    state = recipes.build_network(recipe, 10).state_dict()
     payload |= {"images": {"train": 4000, "val": 1000}, "epoch": 3, "val_accuracy": 0.75}
     checkpoint.save(whole, {**payload, "model": state})
     before = checkpoint.load_network(whole)
@@ -162,21 +160,35 @@ def test_missing_packages_are_named_before_anything_is_written(
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("onnx") else found(name))
     with pytest.raises(RunError, match="^--format onnx needs onnx and onnxruntime and onnxscript: pip install onnx "):
-        export.main([str(run), "--out", str(tmp_path)])
+        export.main([str(run), "--out", str(tmp_path), "--format", "torch", "onnx"])
     assert not list(tmp_path.iterdir())
 
 
+def test_torch_is_the_format_and_the_last_epoch_the_network_by_default(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    form = export.FORMATS["torch"]._replace(
+        write=lambda trained, path: written.append(trained.file.name) or path.touch(),
+        read=lambda path: export.Classifier(checkpoint.load_network(tiny_run, best=len(written) > 1).model),
+    )
+    monkeypatch.setitem(export.FORMATS, "torch", form)
+    for flags in ([], ["--best"]):
+        assert export.main([str(tiny_run), "--out", str(tmp_path), *flags]) == 0
+    assert written == ["last.pt", "best.pt"] and [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
+
+
 def test_images_of_the_run_are_compared_where_they_are(tmp_path: Path) -> None:
-    garden = fill(tmp_path / "garden", 5)
-    recipe = settings.replace(settings.RECIPES["demo"], {"planes": (2, 2, 2), "image_size": 40})
-    found, train, val = dataset.load(recipe, tmp_path, garden)
-    payload = {"kind": "weights", "recipe": recipe.as_dict(), "classes": list(found.classes), "eval_size": 64}
-    state = checkpoint.network(recipe, 3).state_dict()
-    payload |= {"images": dataset.identity(found, train, val), "epoch": 7, "model": state}
+    pictures = fill(tmp_path / "pictures", 5)
+    recipe = recipes.replace(recipes.RECIPES["demo"], {"planes": (2, 2, 2), "image_size": 40})
+    dataset, train, val = load_images(recipe, tmp_path, pictures)
+    payload = {"kind": "weights", "recipe": recipe.as_dict(), "classes": list(dataset.classes), "eval_size": 64}
+    state = recipes.build_network(recipe, 3).state_dict()
+    payload |= {"images": identity(dataset, train, val), "epoch": 7, "model": state}
     checkpoint.save(tmp_path / "best.pt", payload)
     trained = checkpoint.load_network(tmp_path / "best.pt")
-    images, told = export.sample(trained, tmp_path / "best.pt", None, garden)
-    assert torch.equal(images, found.images[val]) and told == "validation images of the run"
-    assert export.sample(trained, tmp_path / "best.pt", None, None)[0].shape == (8, 3, 96, 96)
+    images, origin = export.sample(trained, Source(tmp_path, pictures), True)
+    assert torch.equal(images, dataset.images[val]) and origin == "validation images of the run"
+    assert export.sample(trained, Source(tmp_path, None), False)[0].shape == (8, 3, 96, 96)
     with pytest.raises(RunError, match="cannot read the folder"):
-        export.sample(trained, tmp_path / "best.pt", None, tmp_path / "absent")
+        export.sample(trained, Source(tmp_path, tmp_path / "absent"), True)

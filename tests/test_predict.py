@@ -3,16 +3,15 @@ import json
 import os
 from pathlib import Path
 
-import checkpoint
-import dataset
-import errors
 import numpy as np
-import plots
 import pytest
-import scoring
 from PIL import Image
 
 import predict
+from harness import checkpoint, errors, plots, scoring
+from harness.cli import Runtime
+from harness.images import load_for_network, recorded_source
+from harness.machine import start_machine
 
 pytestmark = pytest.mark.usefixtures("small_demo")
 
@@ -32,8 +31,8 @@ def noise(path: Path, seed: int, shape: tuple[int, ...] = (50, 70, 3)) -> Path:
 def test_a_picture_is_seen_as_validation_sees_it(tiny_run, tmp_path):
     """Validation images, saved as files, get the very probabilities of the evaluation."""
     trained = checkpoint.load_network(tiny_run)
-    found, _, val = dataset.of_trained(trained, *dataset.places(tiny_run))
-    images = found.images[val[:5]]
+    dataset, _, val = load_for_network(trained, recorded_source(tiny_run), fetch=False)
+    images = dataset.images[val[:5]]
     for number, image in enumerate(images):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{number}.png")
     assert run(tiny_run, tmp_path, "--top", 10, "--json", tmp_path / "out.json") == 0
@@ -43,13 +42,20 @@ def test_a_picture_is_seen_as_validation_sees_it(tiny_run, tmp_path):
         assert picture["file"] == str(tmp_path / f"{number}.png")
         shares = {choice["class"]: choice["confidence"] for choice in picture["choices"]}
         assert list(shares.values()) == sorted(shares.values(), reverse=True)
-        assert [shares[name] for name in found.classes] == pytest.approx(expected[number].tolist(), rel=1e-5)
-    assert written["size"] == trained.eval_size and written["mirror"] is False and written["skipped"] == []
+        assert [shares[name] for name in dataset.classes] == pytest.approx(expected[number].tolist(), rel=1e-5)
+    assert written["size"] == trained.eval_size and written["tta"] == "none" and written["skipped"] == []
+
+
+def test_the_last_epoch_s_network_is_asked_unless_the_best_is_wanted(tiny_run, tmp_path):
+    picture = noise(tmp_path / "a.png", 0)
+    for flags, name in (([], "last.pt"), (["--best"], "best.pt")):
+        assert run(tiny_run, picture, "--json", tmp_path / "out.json", *flags) == 0
+        assert json.loads((tmp_path / "out.json").read_text())["checkpoint"] == str(tiny_run / name)
 
 
 def test_the_mirror_is_used_where_the_run_validated_so(tiny_run, tmp_path):
     payload = checkpoint.load(tiny_run / "best.pt")
-    payload["recipe"]["mirror"] = True
+    payload["recipe"]["tta"] = "mirror"
     checkpoint.save(tmp_path / "mirror.pt", payload)
     left = noise(tmp_path / "left.png", 0)
     Image.open(left).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "right.png")
@@ -113,7 +119,7 @@ def test_more_than_a_batch(tiny_run, tmp_path, monkeypatch):
         noise(tmp_path / f"{number}.png", number)
     (tmp_path / "2.png").write_text("no picture")
     trained = checkpoint.load_network(tiny_run)
-    machine = predict.commands.start(predict.build_parser(), predict.build_parser().parse_args([".", "."]))
+    machine = start_machine(Runtime(device="cpu", threads=1))
     skipped = {}
     predictions = predict.predict(trained, sorted(tmp_path.glob("*.png")), 2, machine, skipped, squares=3)
     assert [Path(prediction.file).stem for prediction in predictions] == ["0", "1", "3", "4"]

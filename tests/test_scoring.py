@@ -101,15 +101,17 @@ def test_average_of_predictions():
     torch.testing.assert_close(scoring.average([first, second]).exp(), torch.tensor([[0.55, 0.45]]))
 
 
-def test_forms_of_an_image_are_averaged(images):
-    """Of 24 px, crops of 7/8 are 21 px wide, their places 0, 1 and 3."""
+@pytest.mark.parametrize("size, cropped", [(40, 35), (32, 32)])
+def test_forms_of_an_image_are_averaged(images, size, cropped):
+    """Of 24 px, crops of 7/8 are 21 px wide, their places 0, 1 and 3; they are scored at 7/8 of the size, if it can be."""
     model = Tiny().eval()
-    parts = [images] + [images[:, :, y : y + 21, x : x + 21] for y, x in ((0, 0), (0, 3), (3, 0), (3, 3), (1, 1))]
-    every = [scoring.logits(model, form, 20) for part in parts for form in (part, part.flip(-1))]
-    multi = scoring.tta_logits(model, images, 20, "multi").softmax(1)
+    crops = [images[:, :, y : y + 21, x : x + 21] for y, x in ((0, 0), (0, 3), (3, 0), (3, 3), (1, 1))]
+    parts = [(images, size), *((crop, cropped) for crop in crops)]
+    every = [scoring.logits(model, form, side) for part, side in parts for form in (part, part.flip(-1))]
+    multi = scoring.tta_logits(model, images, size, "multi").softmax(1)
     torch.testing.assert_close(multi, torch.stack(every).softmax(-1).mean(0), atol=1e-5, rtol=1e-4)
     for tta, expected in (("none", every[0]), ("mirror", scoring.average(every[:2]))):
-        torch.testing.assert_close(scoring.tta_logits(model, images, 20, tta), expected, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(scoring.tta_logits(model, images, size, tta), expected, atol=1e-6, rtol=1e-5)
     assert set(scoring.TTA) == {"none", "mirror", "multi"}
 
 
