@@ -1,6 +1,6 @@
 """On a CUDA device: `pytest -m cuda -s` (the last test prints a rate). Elsewhere each is skipped.
 
-An emulated device calculates compiled steps with TRITON_INTERPRET=1 only, and slowly; it cannot capture a step that makes
+An emulated device calculates compiled steps with TRITON_INTERPRET=1 only, and slowly; it captures no step that makes
 tensors of its own; and it has no speed worth printing.
 """
 
