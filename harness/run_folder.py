@@ -247,8 +247,8 @@ class RunFolder:
         """What a view shows; where it is mixed of two classes, the larger part first."""
         if label == other or round(share * 100) in (0, 100):
             return self.classes[label if share >= 0.5 else other]
-        name, other_name = self.classes[label], self.classes[other]
-        return f"{name} {share:.0%}\n{other_name} {1 - share:.0%}"
+        parts = sorted([(share, self.classes[label]), (1 - share, self.classes[other])], reverse=True)
+        return "\n".join(f"{name} {part:.0%}" for part, name in parts)
 
     def draw(self) -> None:
         """Draw the plots of the rows."""

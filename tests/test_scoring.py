@@ -103,7 +103,7 @@ def test_average_of_predictions():
 
 @pytest.mark.parametrize("size, cropped", [(40, 35), (32, 32)])
 def test_forms_of_an_image_are_averaged(images, size, cropped):
-    """Of 24 px, crops of 7/8 are 21 px wide, their places 0, 1 and 3; they are scored at 7/8 of the size, if it can be."""
+    """Of 24 px, crops of 7/8 are 21 px wide, at 0, 1 and 3. They are scored at 7/8 of the size, at least 32 px."""
     model = Tiny().eval()
     crops = [images[:, :, y : y + 21, x : x + 21] for y, x in ((0, 0), (0, 3), (3, 0), (3, 3), (1, 1))]
     parts = [(images, size), *((crop, cropped) for crop in crops)]
