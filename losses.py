@@ -1,5 +1,8 @@
-"""Cross-entropy with part of each target spread over the other classes."""
+"""Cross-entropy with part of each target spread over the other classes, and the divergence from teachers' answers."""
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,3 +38,18 @@ class LabelSmoothingLoss(nn.Module):
             logits = logits.movedim(self.dim, 1)
         over_all = self.smoothing * self.classes / (self.classes - 1)
         return F.cross_entropy(logits, labels, reduction=self.reduction, label_smoothing=over_all)
+
+
+def softened_mean(logits: Sequence[Tensor], temperature: float) -> Tensor:
+    """The mean of several networks' probabilities, float (B, K), at a temperature: of float logits (B, K) each."""
+    return torch.stack([(each / temperature).softmax(-1) for each in logits]).mean(0)
+
+
+def distillation_loss(logits: Tensor, answers: Tensor, temperature: float) -> Tensor:
+    """KL(answers ‖ the student's softened answers) · temperature², one loss a sample, (B,): arXiv 1503.02531.
+
+    The student's float logits (B, K) are softened here; `answers` are probabilities (B, K) softened alike. Its gradient
+    is temperature · (the student's softened answers − answers): the square keeps it of one size at all temperatures.
+    """
+    softened = (logits / temperature).log_softmax(-1)
+    return F.kl_div(softened, answers, reduction="none").sum(-1) * temperature**2

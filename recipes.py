@@ -133,6 +133,9 @@ class Recipe:
         "decay of the running average of weights that is scored and kept; 0 is off", 0.0, low=0.0, high=0.99999
     )
     average_warmup: bool = option("let the average's decay rise with the steps, so that it fits short runs too", True)
+    teacher_temperature: float = option("by which the answers of --teacher are softened", 2.0, above=0.0, high=100.0)
+    label_share: float = option("with --teacher: share of the loss that is the labels'", 0.5, low=0.0, high=1.0)
+    teachers: tuple[str, ...] = ()  # by content: digests of the networks that --teacher names
     tta: str = option(
         "forms of each image whose scores are averaged (test-time augmentation): none: itself; mirror: and its mirror "
         "image; multi: itself and five crops of 7/8 of its side, all mirrored",

@@ -13,7 +13,7 @@ metrics.csv and checkpoints → plots. The same command again continues where it
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from harness import errors
@@ -38,9 +38,10 @@ from harness.machine import Machine, start_machine
 from harness.metrics import hits_and_loss
 from harness.progress import Progress
 from harness.run_folder import RunFolder
-from losses import LabelSmoothingLoss
+from harness.teachers import Teachers, digest, load_teachers
+from losses import LabelSmoothingLoss, distillation_loss
 from optim import RunningAverage, build_optimizer, portable_state, rates_on_device
-from recipes import Recipe, Stage, build_network
+from recipes import Recipe, Stage, build_network, replace
 from scheduler import DecayingCosineWarmRestarts
 
 
@@ -55,8 +56,10 @@ def main(argv: list[str] | None = None) -> int:
     samples = len(train) * recipe.views_per_image
     if any(stage.epochs and stage.batch > samples for stage in recipe.stages):
         train_parser().error(f"--batch is more than an epoch's {samples} samples")
+    teachers = load_teachers(runtime.teacher, dataset, val, runtime.data_dir)
+    recipe = replace(recipe, {"teachers": [digest(teacher) for teacher in teachers]})
     try:
-        trainer = Trainer(recipe, len(dataset.classes), machine)
+        trainer = Trainer(recipe, len(dataset.classes), machine, [teacher.model for teacher in teachers])
     except ValueError as error:
         train_parser().error(str(error))
     run = RunFolder(
@@ -180,7 +183,7 @@ class EpochResult(NamedTuple):
 class Trainer:
     """A recipe's network on a machine, trained epoch by epoch; `state` and `restore` carry it across interruptions."""
 
-    def __init__(self, recipe: Recipe, classes: int, machine: Machine) -> None:
+    def __init__(self, recipe: Recipe, classes: int, machine: Machine, teachers: Sequence[nn.Module] = ()) -> None:
         self.recipe, self.machine = recipe, machine
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
@@ -190,6 +193,7 @@ class Trainer:
         self.form = CompiledForm(self.net if plain else with_padded_channels(self.net, recipe, classes), machine)
         self.step_model = distributed.parallel(self.form)  # its weights are those of `net`
         self.graphs = Graphs(machine)
+        self.teachers = Teachers(teachers, recipe.teacher_temperature, machine) if teachers else None
         self.loss = LabelSmoothingLoss(classes, recipe.label_smoothing, reduction="none")
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision is torch.float16)
         self.average: RunningAverage | None = None
@@ -262,15 +266,20 @@ class Trainer:
 
     def learn(self, x: Tensor, labels: Tensor, other_labels: Tensor, own_share: Tensor) -> tuple[Tensor, Tensor]:
         """Forward pass, loss, backward pass, update: of normalised views (B, 3, s, s) and the fields of a `Batch`."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        answers = None if self.teachers is None else self.teachers(x)
 
         def forward_and_backward() -> tuple[Tensor, Tensor]:
             with self.machine.autocast():
-                logits = self.step_model(x.contiguous(memory_format=torch.channels_last))
+                logits = self.step_model(x)
             logits, shown = logits.float(), labels
             loss = self.loss(logits, labels)
             if self.recipe.augmentation.mixes:
                 loss = own_share * loss + (1 - own_share) * self.loss(logits, other_labels)
                 shown = torch.where(own_share >= 0.5, labels, other_labels)
+            if answers is not None:
+                share, temperature = self.recipe.label_share, self.recipe.teacher_temperature
+                loss = share * loss + (1 - share) * distillation_loss(logits, answers, temperature)
             loss = loss.mean()
             self.scaler.scale(loss).backward()
             return loss.detach(), (logits.detach().argmax(1) == shown).sum()

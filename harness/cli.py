@@ -24,6 +24,9 @@ class Runtime:
         "or train/ and val/ that hold one folder per class each",
         None,
     )
+    teacher: tuple[Path, ...] = option(
+        "run folders or checkpoints of trained networks whose answers to learn from, see docs/DISTILLATION.md", ()
+    )
     out: Path | None = option("run folder (default: runs/RECIPE-seedSEED, with the images' and fold's names)", None)
     device: str = option("cpu, cuda, cuda:1 …; auto takes CUDA where there is any", "auto")
     threads: int = option("CPU threads; 0 leaves the choice to PyTorch", 0, low=0, high=1024)
@@ -94,7 +97,8 @@ def add_flags(group: Any, settings: type, names: Collection[str] | None = None, 
         elif typing.get_origin(hint) is tuple and per_stage:
             options |= {"type": _sizes, "nargs": "+", "metavar": "N[,N…]"}
         elif typing.get_origin(hint) is tuple:
-            options |= {"type": hint.__args__[0], "nargs": len(hint.__args__), "metavar": _metavar(hint.__args__[0])}
+            kind, *others = hint.__args__
+            options |= {"type": kind, "nargs": "+" if others == [...] else 1 + len(others), "metavar": _metavar(kind)}
         else:
             options |= {"type": hint, "nargs": "+" if per_stage else None}
             options["metavar"] = None if options["choices"] else _metavar(hint)
@@ -128,6 +132,7 @@ def parse_train(argv: list[str] | None = None) -> tuple[Recipe, Runtime]:
     recipe = RECIPES["demo" if demo else name or ("cpu" if "images" in args else "original")]
     chosen = [] if name else ["recipe"]
     chosen += [] if "views_per_image" in args else ["views"]
+    args["teacher"] = tuple(args.get("teacher", ()))
     try:
         recipe = recipes.replace(recipe, args)
         own = {name: value for name, value in args.items() if name in Runtime.__dataclass_fields__}
@@ -142,6 +147,9 @@ def parse_train(argv: list[str] | None = None) -> tuple[Recipe, Runtime]:
     for stage in recipe.stages:
         if stage.epochs and stage.batch % world:
             parser.error(f"--batch {stage.batch} cannot be shared equally by {world} processes")
+    for name in ("teacher_temperature", "label_share"):
+        if name in args and not runtime.teacher:
+            parser.error(f"--{name.replace('_', '-')} is of no use without --teacher")
     if "image_size" in args and not runtime.images:
         parser.error("--image-size is the size of the pictures of --images; STL-10's are 96 px")
     return recipe, runtime
@@ -162,7 +170,8 @@ def default_run_folder(recipe: Recipe, runtime: Runtime) -> Path:
     images = f"{runtime.images.resolve().name}-" if runtime.images else ""
     fold = "" if recipe.fold is None else f"-fold{recipe.fold}"
     fold += "" if recipe.tune_fold is None else f"-tunefold{recipe.tune_fold}"
-    return runtime.out or Path("runs") / f"{images}{recipe.name}{fold}-seed{recipe.seed}"
+    taught = "-distilled" if runtime.teacher else ""
+    return runtime.out or Path("runs") / f"{images}{recipe.name}{fold}{taught}-seed{recipe.seed}"
 
 
 def machine_settings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Runtime:

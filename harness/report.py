@@ -54,6 +54,7 @@ def about(member: TrainedNetwork) -> Entry:
         "split_seed": member.recipe.split_seed,
         "fold": member.recipe.fold,
         "tune_fold": member.recipe.tune_fold,
+        "teachers": list(member.recipe.teachers),
         "epoch": member.epoch,
         "epochs": member.recipe.epochs,
         "selected_on_val": member.selected,

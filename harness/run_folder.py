@@ -137,7 +137,7 @@ class RunFolder:
             return
         config = {
             "recipe": self.recipe.as_dict(),
-            "runtime": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(runtime).items()},
+            "runtime": {name: _plain(value) for name, value in vars(runtime).items()},
             "images": self.images,
             "parameters": count_parameters(net),
             **self.machine.as_dict(),
@@ -339,6 +339,13 @@ def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
     for index, stage in enumerate(recipe["stages"]):
         flat |= {f"{k} of stage {index + 1}": v for k, v in stage.items()}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON has it."""
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _listed(settings: Mapping[str, Any]) -> str:

@@ -1,0 +1,88 @@
+"""Trained networks that a student learns from: read, refused where they know too much, and asked about each batch."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from data import DataSet
+from harness import checkpoint
+from harness.checkpoint import TrainedNetwork
+from harness.errors import RunError
+from harness.images import identity, split_by
+from harness.machine import Machine
+from losses import softened_mean
+from model import count_parameters
+
+DIGEST_LENGTH = 16  # hexadecimal digits
+
+
+class Teachers:
+    """Networks on the machine, in eval mode; asked about a batch, they give the mean of their softened answers."""
+
+    def __init__(self, networks: Sequence[nn.Module], temperature: float, machine: Machine) -> None:
+        self.temperature, self.machine = temperature, machine
+        self.networks = [
+            net.to(machine.device, memory_format=torch.channels_last).eval().requires_grad_(False) for net in networks
+        ]
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """Probabilities, float32 (B, K), of normalised views (B, 3, s, s)."""
+        with self.machine.autocast():
+            logits = [net(x) for net in self.networks]
+        return softened_mean([each.float() for each in logits], self.temperature)
+
+
+def load_teachers(paths: Sequence[Path], dataset: DataSet, val: Tensor, data_dir: Path) -> list[TrainedNetwork]:
+    """The networks of run folders or checkpoints, on the CPU, as teachers of a run that validates on the images `val`.
+
+    Raises RunError for one that cannot be read, has other classes or was trained with other images than the `dataset`,
+    may have learnt any of `val`, or is named twice.
+    """
+    teachers: dict[str, TrainedNetwork] = {}
+    for path in paths:
+        teacher = checkpoint.load_network(path)
+        _require_fit(teacher, dataset, val, data_dir)
+        known = teachers.setdefault(digest(teacher), teacher)
+        if known is not teacher:
+            raise RunError(f"{known.file} and {teacher.file} are the same network; name it once")
+        print(
+            f"teacher: {teacher.file} ({teacher.recipe.name}, epoch {teacher.epoch} of {teacher.recipe.epochs}, "
+            f"{count_parameters(teacher.model):,} parameters)"
+        )
+    return list(teachers.values())
+
+
+def digest(network: TrainedNetwork) -> str:
+    """What a student's recipe keeps of a teacher: a digest of its weights and statistics, all as loaded."""
+    known = hashlib.sha256()
+    for name, value in network.model.state_dict().items():
+        known.update(f"{name} {tuple(value.shape)} ".encode())
+        known.update(value.contiguous().numpy().data)
+    return known.hexdigest()[:DIGEST_LENGTH]
+
+
+def _require_fit(teacher: TrainedNetwork, dataset: DataSet, val: Tensor, data_dir: Path) -> None:
+    """Raise RunError for a teacher of other classes or images, or one that may have learnt any of the images `val`."""
+    refused = f"{teacher.file} cannot teach this run"
+    differing = sorted(set(teacher.classes) ^ set(dataset.classes))
+    if differing:
+        raise RunError(f"{refused}: it knows other classes (not in both: {', '.join(differing)})")
+    train, held_out = split_by(teacher.recipe, dataset, data_dir)
+    if teacher.classes != dataset.classes or identity(dataset, train, held_out) != teacher.images:
+        raise RunError(f"{refused}: it was trained with other images, and these may show what validates here")
+    learnt, how = torch.zeros(len(dataset.labels), dtype=torch.bool), "it has learnt"
+    learnt[train] = True
+    if teacher.recipe.init:  # which no recipe can vouch for
+        learnt[:], how = True, f"it began with the weights of {teacher.recipe.init}, which may have learnt"
+    elif teacher.recipe.teachers:  # they were refused if they had learnt what it validates on, but nothing else
+        learnt[:], how = True, "it has learnt, or its own teachers may have,"
+        learnt[held_out] = False
+    shared = int(learnt[val].sum())
+    if shared:
+        raise RunError(
+            f"{refused}: {how} {shared:,} of the {len(val):,} images that validate here; take one of this split"
+        )
