@@ -56,7 +56,8 @@ def wrong_flags() -> Iterator[list[str]]:
             if "help" in item.metadata:
                 kinds = [k for k in typing.get_args(hints[item.name]) or (hints[item.name],) if k is not types.NoneType]
                 flag = f"--{item.metadata.get('flag', item.name).replace('_', '-')}"
-                yield from _wrong_values(flag, kinds[0], item.metadata, owner, len(kinds))
+                number = 1 if ... in kinds else len(kinds)  # of one value or more: none is wrong
+                yield from _wrong_values(flag, kinds[0], item.metadata, owner, number)
 
 
 def _wrong_values(flag: str, kind: type, limits: typing.Mapping, owner: type, number: int) -> Iterator[list[str]]:
