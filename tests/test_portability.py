@@ -65,19 +65,40 @@ def test_a_card_s_rows_are_the_cpu_s_in_every_digit(emulated_card: str, tmp_path
     assert rows(tmp_path / "card") == rows(tmp_path / "cpu") != []
 
 
+START = """
+from harness import cli, machine
+m = machine.start_machine(cli.Runtime())
+print(m.device, m.precision, m.compile)
+"""
+OLDER_BUILD = "import torch; torch.cuda.get_arch_list = lambda: ['sm_50', 'sm_60']"  # as of PyTorch for CUDA 12
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "capability, precision, compiled",
-    [("90", "torch.bfloat16", True), ("75", "torch.float16", True), ("61", "torch.float32", False)],
+    "capability, precision, compiled, build",
+    [
+        ("90", "torch.bfloat16", True, ""),
+        ("75", "torch.float16", True, ""),
+        ("61", "torch.float32", False, OLDER_BUILD),
+    ],
+    ids=["90", "75", "61"],
 )
 def test_a_card_s_generation_decides_precision_and_compilation(
-    emulated_card: str, capability: str, precision: str, compiled: bool
+    emulated_card: str, capability: str, precision: str, compiled: bool, build: str
 ):
-    code = "from harness import cli, machine; m = machine.start_machine(cli.Runtime())"
-    done = python(
-        "-c", f"{code}; print(m.device, m.precision, m.compile)", program=emulated_card, FAKE_CUDA_CAPABILITY=capability
-    )
-    assert done.stdout.split() == ["cuda:0", precision, str(compiled)], done.stderr
+    done = python("-c", build + START, program=emulated_card, FAKE_CUDA_CAPABILITY=capability)
+    said = done.stdout.splitlines()
+    assert said[-1].split() == ["cuda:0", precision, str(compiled)], done.stderr
+    assert compiled == (said[0] == said[-1]) and (compiled or "no card below capability 7.0" in said[0])
+
+
+@pytest.mark.slow
+def test_a_card_without_kernels_is_refused_in_a_sentence(emulated_card: str, tmp_path: Path):
+    done = python("train.py", "--demo", "--out", tmp_path / "run", program=emulated_card, FAKE_CUDA_CAPABILITY="35")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    refusal = done.stderr.splitlines()[-1]
+    assert refusal.startswith("error: ") and "has no kernels for a card of capability 3.5" in refusal
+    assert "--device cpu" in refusal and not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
