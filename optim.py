@@ -94,11 +94,14 @@ def orthogonalise(matrix: Tensor, precision: torch.dtype = torch.float32) -> Ten
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = (x / (x.norm() + EPSILON)).to(precision)
-    square = x @ x.T
-    turn = identity = torch.eye(len(x), device=x.device, dtype=precision)
-    for _ in range(ITERATIONS):  # of x ← s·x, in the small matrices alone: all of them are polynomials of x·xᵀ
-        step = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315) + 3.4445 * identity
-        turn, square = step @ turn, step @ square @ step
+    lift = torch.tensor(3.4445, dtype=precision).item()  # as the products see it
+    square, turn = x @ x.T, None
+    for iteration in range(ITERATIONS):  # of x ← s·x, in the small matrices alone: all are polynomials of x·xᵀ
+        step = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        step.diagonal().add_(lift)
+        turn = step if turn is None else step @ turn
+        if iteration + 1 < ITERATIONS:
+            square = step @ square @ step
     x = (turn @ x).float()
     return x.T if tall else x
 

@@ -284,10 +284,10 @@ class Trainer:
             self.scaler.scale(loss).backward()
             return loss.detach(), (logits.detach().argmax(1) == shown).sum()
 
+        self.optimizer.zero_grad()
         loss, right = self.form.attempt(forward_and_backward, x.shape[-1])
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad()
         return loss, right
 
     def _result(self, losses: Tensor, hits: Tensor, samples: int) -> EpochResult:
