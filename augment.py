@@ -19,11 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import policy
+from colour import adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation
+
 # CIFAR-100's published figures, as in the original; STL-10's are (0.447, 0.440, 0.407) and (0.260, 0.257, 0.271).
 MEAN = (0.507, 0.487, 0.441)
 STD = (0.267, 0.256, 0.276)
 
-GREY = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
 CROP_TRIES = 10
 
 # Columns of the uniforms: which random number decides what about a sample.
@@ -58,6 +60,9 @@ class ViewOptions:
     contrast: float = field(default=0.3, metadata={"help": "c: contrast times a factor in 1 ± c, 0 off"})
     saturation: float = field(default=0.3, metadata={"help": "s: saturation times a factor in 1 ± s, 0 off"})
     hue: float = field(default=0.3, metadata={"help": "largest shift of the hue, in turns of its circle, 0 to 0.5"})
+    trivial_augment: bool = field(
+        default=False, metadata={"help": "one random operation more on each view, of fourteen, at a random strength"}
+    )
     erase: float = field(default=0.0, metadata={"help": "probability that a square patch is erased (cutout), 0 to 1"})
     erase_size: float = field(default=0.3, metadata={"help": "side of the erased patch, as a share of the view's side"})
     mixup: float = field(default=0.0, metadata={"help": "alpha of Mixup's Beta(alpha, alpha), 0 off"})
@@ -91,7 +96,7 @@ class EpochDraws:
     """Everything random about an epoch of n samples."""
 
     order: Tensor  # int64 (n,): which image each sample shows
-    uniforms: Tensor  # float32 (n, COLUMNS) in [0, 1)
+    uniforms: Tensor  # float32 (n, COLUMNS) in [0, 1), with trivial_augment (n, COLUMNS + policy.COLUMNS)
     own_share: Tensor  # float32 (n,) in [0, 1]: share of the sample's own image when mixed; 1 = unmixed
     colour_orders: list[tuple[int, int, int, int]]  # one per batch, known to the host; see COLOUR_ORDERS
 
@@ -133,6 +138,8 @@ def draw_epoch(
     if options.mixes:
         alpha = np.where(uniforms[:, MIX_KIND] < _cutmix_odds(options), options.cutmix, options.mixup)
         share = np.where(rng.random(n) < options.mix_probability, rng.beta(alpha, alpha), 1).astype(np.float32)
+    if options.trivial_augment:  # drawn last: all that is drawn before is the same without
+        uniforms = np.concatenate([uniforms, rng.random((n, policy.COLUMNS), dtype=np.float32)], axis=1)
     return EpochDraws(torch.from_numpy(order), torch.from_numpy(uniforms), torch.from_numpy(share), colour_orders)
 
 
@@ -209,10 +216,10 @@ def augment(images: Tensor, uniforms: Tensor, colour_order: Sequence[int], size:
     p = view_parameters(uniforms, *images.shape[-2:], options)
     x = _sample(images, p, size, rotated=options.rotation > 0)
     operations = (
-        (_adjust_brightness, options.brightness, p.brightness),
-        (_adjust_contrast, options.contrast, p.contrast),
-        (_adjust_saturation, options.saturation, p.saturation),
-        (_adjust_hue, options.hue, p.hue),
+        (adjust_brightness, options.brightness, p.brightness),
+        (adjust_contrast, options.contrast, p.contrast),
+        (adjust_saturation, options.saturation, p.saturation),
+        (adjust_hue, options.hue, p.hue),
     )
     for operation, strength, parameter in (operations[i] for i in colour_order):
         if strength:
@@ -243,54 +250,6 @@ def _sample(images: Tensor, p: ViewParameters, size: int, rotated: bool) -> Tens
 def _along(start: Tensor, length: Tensor, flip: Tensor, centres: Tensor, side: int) -> Tensor:
     """Where a view's pixels lie along one side of the image: (B, s), in half pixels from its middle."""
     return torch.where(flip, -length, length)[:, None] * centres + (2 * start + length - side)[:, None]
-
-
-def _grey(x: Tensor) -> Tensor:
-    """Grey values (B, 1, H, W) of (B, 3, H, W)."""
-    red, green, blue = GREY
-    return (x[:, :1] * red).add_(x[:, 1:2], alpha=green).add_(x[:, 2:], alpha=blue)
-
-
-def _adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
-    return (x * factor).clamp_(0, 1)
-
-
-def _adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the image's own mean grey."""
-    mean = _grey(x.mean(dim=(2, 3), keepdim=True))
-    return torch.addcmul(mean * (1 - factor), x, factor).clamp_(0, 1)
-
-
-def _adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the pixel's own grey."""
-    return torch.addcmul(_grey(x).mul_(1 - factor), x, factor).clamp_(0, 1)
-
-
-def _adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Shift the hue in HSV, without branches; value and saturation stay.
-
-    With V the largest channel and C the chroma (largest less smallest), the angle between a pixel's hue and red is
-    (C + G + B - R - min) / C sixths of a turn, on the side of green where G > B. In the other direction a channel is
-    V - C · clamp(d - 1, 0, 1) where d is the distance, in sixths of a turn, between the hue and that channel's.
-    """
-    red, green, blue = x.unbind(1)
-    value = torch.maximum(red, green).maximum(blue)
-    low = torch.minimum(red, green).minimum(blue)
-    sixths = (green + blue).sub_(red).add_(value).sub_(low, alpha=2).copysign_(green - blue)
-    chroma = (value - low).clamp_(min=1e-8)  # a grey pixel has any hue, but no NaN
-    hue = torch.addcdiv(shift[:, 0] + 1, sixths, chroma, value=1 / 6).frac_()  # turns, 0 = red
-
-    def distance(turns: float) -> Tensor:
-        return (hue - turns).abs_().clamp_(1 / 6, 1 / 3)
-
-    # d - 1 clamped to 0 … 1 is d clamped to 1 … 2, less 1: that 1 goes into the first summand.
-    # Red lies at both ends of the scale, so its distance is half a turn less that to its opposite.
-    high = value + chroma
-    turned = torch.empty_like(x)
-    torch.addcmul(value.sub_(chroma, alpha=2), distance(1 / 2), chroma, value=6, out=turned[:, 0])
-    torch.addcmul(high, distance(1 / 3), chroma, value=-6, out=turned[:, 1])
-    torch.addcmul(high, distance(2 / 3), chroma, value=-6, out=turned[:, 2])
-    return turned
 
 
 @torch.no_grad()
@@ -389,6 +348,8 @@ def batch_of(
 ) -> Batch:
     """Samples as a batch of views of `size` px: seen at random, normalised, erased and mixed, in this order."""
     x = augment(images, uniforms, colour_order, size, options)
+    if options.trivial_augment:
+        x = policy.trivial_augment(x, uniforms[:, COLUMNS:])
     x = erase(normalise(x, inplace=True), uniforms, options)
     x, other_labels, own_share = mix(x, labels, own_share, uniforms, options)
     return Batch(x, labels, other_labels, own_share)

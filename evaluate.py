@@ -32,9 +32,9 @@ from harness.errors import RunError
 from harness.images import load_for_network, load_test_images, recorded_source
 from harness.machine import Machine, start_machine
 from harness.report import Evaluation
+from recipes import Recipe
 
 CHUNK = 250  # images between two ticks of the progress bar
-AVERAGED_OVER = {"seed": 0, "split_seed": 0, "fold": None, "tune_fold": None}  # settings that may differ in a mean
 
 
 class Scored(NamedTuple):
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         for members in [side] if args.ensemble else [[network] for network in side]:
             evaluation, scored = evaluate(members, args, machine)
             evaluated[-1].append(evaluation)
-        if len({dataclasses.replace(network.recipe, **AVERAGED_OVER) for network in side}) > 1:
+        if len({averaged_over(network.recipe) for network in side}) > 1:
             print("warning: these networks differ in more than their seeds and splits", file=sys.stderr)
     entries, *opposed = [[evaluation.entry for evaluation in side] for side in evaluated]
     print(report.text(entries, *opposed))
@@ -168,6 +168,12 @@ def default_folder(args: argparse.Namespace, networks: list[TrainedNetwork]) -> 
     parts += ["against"] if args.against else []
     parts += ["original"] if args.protocol == "original" else []
     return (file.parent if len(networks) == 1 else file.parent.parent) / "-".join(parts)
+
+
+def averaged_over(recipe: Recipe) -> Recipe:
+    """A recipe without what may differ in a mean: seeds, splits, and which teachers it had (other splits need others)."""
+    teachers = ("any",) * len(recipe.teachers)
+    return dataclasses.replace(recipe, seed=0, split_seed=0, fold=None, tune_fold=None, teachers=teachers)
 
 
 def compare(sides: list[list[Evaluation]], args: argparse.Namespace) -> list[dict[str, Any]]:

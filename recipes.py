@@ -133,6 +133,9 @@ class Recipe:
         "decay of the running average of weights that is scored and kept; 0 is off", 0.0, low=0.0, high=0.99999
     )
     average_warmup: bool = option("let the average's decay rise with the steps, so that it fits short runs too", True)
+    mix_until: float = option(
+        "share of the epochs in which Mixup and CutMix are on; they are off in the rest", 1.0, low=0.0, high=1.0
+    )
     teacher_temperature: float = option("by which the answers of --teacher are softened", 2.0, above=0.0, high=100.0)
     label_share: float = option("with --teacher: share of the loss that is the labels'", 0.5, low=0.0, high=1.0)
     teachers: tuple[str, ...] = ()  # by content: digests of the networks that --teacher names
@@ -153,6 +156,8 @@ class Recipe:
             raise ValueError(f"last_pool is a part of network wide: for {self.network} add --last-pool")
         if self.fold is not None and self.train_on == "all":
             raise ValueError("fold and train_on all exclude each other: a fold says which images to train on")
+        if self.mix_until < 1 and not self.augmentation.mixes:
+            raise ValueError("mix_until is of no use without mixup or cutmix")
         if self.tune_fold is not None and (self.fold is not None or self.train_on == "all"):
             other = "train_on all" if self.fold is None else "fold"
             raise ValueError(f"tune_fold and {other} exclude each other: each says which images to train on")
@@ -172,6 +177,12 @@ class Recipe:
                 return index, epochs_done
             epochs_done -= stage.epochs
         raise ValueError("the recipe has no further epoch")
+
+    def augmentation_at(self, epochs_done: int) -> ViewOptions:
+        """Options of the views of the epoch that follows `epochs_done` finished ones."""
+        if epochs_done < round(self.mix_until * self.epochs):
+            return self.augmentation
+        return dataclasses.replace(self.augmentation, mixup=0.0, cutmix=0.0)
 
     def crop_size_at(self, epochs_done: int) -> int:
         """Side in px of the views of the epoch that follows `epochs_done` finished ones."""

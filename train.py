@@ -137,7 +137,7 @@ def train_stages(
             trainer.begin_stage(stage, len(train))
         seed = (recipe.seed, stage_index, epoch)
         shown = balanced_indices(train, dataset.labels, seed) if recipe.balance else train
-        draws = draw_epoch(shown, recipe.views_per_image, stage.batch, recipe.augmentation, seed)
+        draws = draw_epoch(shown, recipe.views_per_image, stage.batch, recipe.augmentation_at(run.epochs_done), seed)
         draws = draws.to(machine.device, images.device)
         if epoch == 0:
             run.draw_views(stage_index, images, labels, draws, size)

@@ -6,10 +6,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from uniforms import ORIGINAL, random_uniforms
 
 import augment
+import policy
 from augment import COLUMNS, EpochDraws, ViewOptions, draw_epoch, make_batch
 
-ALL = ViewOptions(erase=0.5, mixup=0.2, cutmix=1.0)
+ALL = ViewOptions(trivial_augment=True, erase=0.5, mixup=0.2, cutmix=1.0)
 SOME = [ORIGINAL, ViewOptions(rotation=0, brightness=0, hue=0), ViewOptions(erase=0.5, mixup=0.2), ALL]
+ALL_COLUMNS = COLUMNS + policy.COLUMNS
 
 
 def noise(n: int) -> torch.Tensor:
@@ -24,6 +26,8 @@ def test_a_batch_is_its_rows_viewed_normalised_erased_and_mixed(options: ViewOpt
         batch = make_batch(images, labels, draws, step, rows, 40, options)
         index, uniforms = draws.order[rows], draws.uniforms[rows]
         views = augment.augment(images[index], uniforms, draws.colour_orders[step], 40, options)
+        if options.trivial_augment:
+            views = policy.trivial_augment(views, uniforms[:, COLUMNS:])
         erased = augment.erase(augment.normalise(views), uniforms, options)
         x, others, own_share = augment.mix(erased, labels[index], draws.own_share[rows], uniforms, options)
         assert torch.equal(batch.x, x) and torch.equal(batch.labels, labels[index])
@@ -45,12 +49,14 @@ def test_nothing_given_is_changed():
 @pytest.mark.parametrize("options", SOME)
 def test_all_stays_on_the_device_and_nothing_waits_for_it(options: ViewOptions):
     """Fake CUDA tensors refuse to meet tensors of the CPU and to be read from the host."""
+    augment._whole_numbers.cache_clear()  # of another mode's fake tensors
     with FakeTensorMode():
         images = torch.empty(8, 3, 96, 96, dtype=torch.uint8, device="cuda")
         labels, order = (torch.empty(8, dtype=torch.int64, device="cuda") for _ in range(2))
-        uniforms, own_share = torch.empty(8, COLUMNS, device="cuda"), torch.empty(8, device="cuda")
+        uniforms, own_share = torch.empty(8, ALL_COLUMNS, device="cuda"), torch.empty(8, device="cuda")
         draws = EpochDraws(order, uniforms, own_share, [(0, 1, 2, 3)])
         batch = make_batch(images, labels, draws, 0, slice(0, 8), 70, options)
+    augment._whole_numbers.cache_clear()
     assert {tensor.device.type for tensor in batch} == {"cuda"}
     assert batch.x.shape == (8, 3, 70, 70) and batch.x.dtype == torch.float32
     assert batch.labels.shape == batch.other_labels.shape == batch.own_share.shape == (8,)
@@ -59,7 +65,8 @@ def test_all_stays_on_the_device_and_nothing_waits_for_it(options: ViewOptions):
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_gpu_gives_the_same_batch_without_waiting():
-    draws = EpochDraws(torch.arange(64), random_uniforms(64), torch.rand(64), [(0, 1, 2, 3)])
+    uniforms = torch.cat([random_uniforms(64), torch.rand(64, policy.COLUMNS)], 1)
+    draws = EpochDraws(torch.arange(64), uniforms, torch.rand(64), [(0, 1, 2, 3)])
 
     def on(device: str) -> list[torch.Tensor]:
         inputs = [noise(64).to(device), torch.arange(64).to(device), draws.to(device)]

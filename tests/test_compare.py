@@ -82,7 +82,9 @@ def test_a_real_run(tiny_run, tmp_path, capsys):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("change, told", [({"split_seed": 1}, True), ({"fold": 3}, True), ({"seed": 1}, False)])
+@pytest.mark.parametrize(
+    "change, told", [({"split_seed": 1}, True), ({"fold": 3}, True), ({"tune_fold": 3}, True), ({"seed": 1}, False)]
+)
 def test_other_val_images_are_told(tmp_path, capsys, change, told):
     assert run(make_run(tmp_path / "a", [0.5]), make_run(tmp_path / "b", [0.6], **change)) == 0
     assert ("do not all validate on the same images" in capsys.readouterr().out) == told

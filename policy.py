@@ -1,0 +1,155 @@
+"""One random operation more on each view, as in TrivialAugment (arXiv 2103.10158), batched on the device.
+
+Each sample draws one of OPERATIONS and a strength, both evenly. Ranges are those of the paper's wide space, with three
+differences: strengths are continuous, geometric operations sample bilinearly about the centre, and a translation is a
+share of the side. Each operation agrees with torchvision's functional one of the same name. As in augment.py, all is
+a pure function of the views and their random numbers, and nothing waits for a GPU.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from colour import adjust_brightness, adjust_contrast, adjust_saturation
+
+COLUMNS = 2  # random numbers for each sample: which operation, and its strength
+SHEAR = 0.99  # pixels a row or column further from the centre
+TRANSLATION = 1 / 3  # of the side
+ROTATION = 135.0  # degrees
+FACTOR = 0.99  # either side of 1: brightness, saturation, contrast, sharpness
+LEVELS = 256  # of grey, that equalising tells apart
+FEWEST_BITS = 2  # that posterising leaves
+
+
+@torch.no_grad()
+def trivial_augment(x: Tensor, uniforms: Tensor) -> Tensor:
+    """Views float32 (B, 3, s, s) in [0, 1], each after its operation; `uniforms` (B, COLUMNS) in [0, 1).
+
+    On a CPU the views that an operation is not for are left out; on a GPU they are calculated too, and not taken,
+    because finding them out would wait for it. `x` itself may be overwritten.
+    """
+    x = x.clamp_(0, 1)  # rounding in the shift of a hue leaves values just outside, which would posterize to -1/4
+    kind, strength = (uniforms[:, 0] * len(OPERATIONS)).floor(), uniforms[:, 1] * 2 - 1
+    for index, operation in enumerate(OPERATIONS.values()):
+        chosen = kind == index
+        if x.device.type == "cpu":
+            rows = chosen.nonzero()[:, 0]
+            if len(rows):
+                x[rows] = operation(x[rows], strength[rows])
+        else:
+            x = torch.where(chosen.view(-1, 1, 1, 1), operation(x, strength), x)
+    return x
+
+
+def _leave(x: Tensor, strength: Tensor) -> Tensor:
+    return x
+
+
+def _shear_x(x: Tensor, strength: Tensor) -> Tensor:
+    return _sampled(x, column_by_row=SHEAR * strength)
+
+
+def _shear_y(x: Tensor, strength: Tensor) -> Tensor:
+    return _sampled(x, row_by_column=SHEAR * strength)
+
+
+def _translate_x(x: Tensor, strength: Tensor) -> Tensor:
+    return _sampled(x, columns=-2 * TRANSLATION * strength)
+
+
+def _translate_y(x: Tensor, strength: Tensor) -> Tensor:
+    return _sampled(x, rows=-2 * TRANSLATION * strength)
+
+
+def _rotate(x: Tensor, strength: Tensor) -> Tensor:
+    angle = torch.deg2rad(ROTATION * strength)
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    return _sampled(x, scale=cos, column_by_row=-sin, row_by_column=sin)
+
+
+def _sampled(
+    x: Tensor,
+    scale: Tensor | float = 1.0,
+    column_by_row: Tensor | float = 0.0,
+    row_by_column: Tensor | float = 0.0,
+    columns: Tensor | float = 0.0,
+    rows: Tensor | float = 0.0,
+) -> Tensor:
+    """Sample (B, 3, s, s) bilinearly where an affine map says, black outside; the image is -1 to 1 both ways.
+
+    Output column c and row r show column scale · c + column_by_row · r + columns and row scale · r + row_by_column · c
+    + rows: each a number or (B,).
+    """
+    batch, _, size, _ = x.shape
+    centres = torch.linspace(1 / size - 1, 1 - 1 / size, size, device=x.device)
+    scale, column_by_row, row_by_column, columns, rows = (
+        part.view(-1, 1, 1) if isinstance(part, Tensor) else part
+        for part in (scale, column_by_row, row_by_column, columns, rows)
+    )
+    c, r = centres.view(1, 1, -1), centres.view(1, -1, 1)
+    grid = (scale * c + column_by_row * r + columns, scale * r + row_by_column * c + rows)
+    grid = torch.stack([part.expand(batch, size, size) for part in grid], dim=-1)
+    return F.grid_sample(x, grid, padding_mode="zeros", align_corners=False)
+
+
+def _blended(adjust: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, strength: adjust(x, (1 + FACTOR * strength).view(-1, 1, 1, 1))
+
+
+def _adjust_sharpness(x: Tensor, factor: Tensor) -> Tensor:
+    """Blend with a blurred image: each inner pixel counts five times and its eight neighbours once."""
+    blurred = x.clone()
+    inner = blurred[:, :, 1:-1, 1:-1]
+    inner.mul_(4).add_(F.avg_pool2d(x, 3, stride=1), alpha=9).mul_(1 / 13)
+    return torch.lerp(blurred, x, factor).clamp_(0, 1)
+
+
+def _posterize(x: Tensor, strength: Tensor) -> Tensor:
+    """Keep 8 to FEWEST_BITS bits of each value."""
+    lost = (strength.abs() * (9 - FEWEST_BITS)).floor_().clamp_(max=8 - FEWEST_BITS)
+    levels = torch.exp2(8 - lost).view(-1, 1, 1, 1)
+    return torch.minimum((x * levels).floor_(), levels - 1) / levels
+
+
+def _solarize(x: Tensor, strength: Tensor) -> Tensor:
+    """Invert what is as bright as a threshold."""
+    return torch.where(x >= (1 - strength.abs()).view(-1, 1, 1, 1), 1 - x, x)
+
+
+def _autocontrast(x: Tensor, strength: Tensor) -> Tensor:
+    """Stretch each channel to black and white; one of a single value stays."""
+    low, high = x.amin(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)
+    return torch.where(high > low, (x - low) / (high - low).clamp_(min=1e-12), x).clamp_(0, 1)
+
+
+def _equalize(x: Tensor, strength: Tensor) -> Tensor:
+    """Spread each channel's LEVELS evenly over its pixels, by the rule of PIL; one of too few pixels apart stays."""
+    level = (x * (LEVELS - 1)).round_().long().flatten(2).flatten(0, 1)  # (B·3, pixels)
+    pixels = level.shape[1]
+    counts = level.new_zeros(len(level), LEVELS).scatter_add_(1, level, torch.ones_like(level))
+    darker = counts.cumsum(1) - counts
+    brightest = counts.gather(1, level.amax(1, keepdim=True))
+    step = (pixels - brightest) // (LEVELS - 1)  # pixels that a level of the result has
+    table = ((darker + step // 2) // step.clamp(min=1)).clamp_(max=LEVELS - 1)
+    equal = (table.gather(1, level) / (LEVELS - 1)).view_as(x)
+    return torch.where((step > 0).view(*x.shape[:2], 1, 1), equal, x)
+
+
+OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "identity": _leave,
+    "shear_x": _shear_x,
+    "shear_y": _shear_y,
+    "translate_x": _translate_x,
+    "translate_y": _translate_y,
+    "rotate": _rotate,
+    "brightness": _blended(adjust_brightness),
+    "saturation": _blended(adjust_saturation),
+    "contrast": _blended(adjust_contrast),
+    "sharpness": _blended(_adjust_sharpness),
+    "posterize": _posterize,
+    "solarize": _solarize,
+    "autocontrast": _autocontrast,
+    "equalize": _equalize,
+}
