@@ -21,11 +21,12 @@ class Graphs:
 
     A function's effects on tensors that outlive the call (weights, optimiser states) are part of its graph, so these
     must stay where they are: after anything that replaces them, `forget` the graphs. What a function returns is
-    overwritten by its next call. If capturing fails, which changes nothing, functions are called as elsewhere.
+    overwritten by its next call. A function that cannot be captured, which changes nothing, is called as elsewhere.
     """
 
     def __init__(self, machine: Machine) -> None:
         self.machine, self.enabled = machine, machine.device.type == "cuda" and machine.graphs
+        self._refused: set[str] = set()  # names of functions
         self.forget()
 
     def forget(self) -> None:
@@ -38,7 +39,7 @@ class Graphs:
         self, function: Callable[..., Any], tensors: tuple[Tensor, ...], *constants: Hashable, warm: int = WARM_CALLS
     ) -> Any:
         """`function(*tensors, *constants)`: one graph for each function, shapes of the tensors, and constants."""
-        if not self.enabled:
+        if not self.enabled or function.__name__ in self._refused:
             return function(*tensors, *constants)
         key = (function.__name__, constants, tuple(tensor.shape for tensor in tensors))
         if key in self._graphs:
@@ -52,9 +53,9 @@ class Graphs:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            self.enabled = False
-            self.forget()
-            self.machine.note(f"the step could not be captured as a CUDA graph ({reason(error)}): it is slower without")
+            self._refused.add(function.__name__)
+            what = function.__name__.replace("_", " ")
+            self.machine.note(f"{what} could not be captured as a CUDA graph ({reason(error)}): it is slower without")
             return function(*tensors, *constants)
         return self._graphs[key].replay(tensors)
 
