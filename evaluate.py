@@ -171,7 +171,7 @@ def default_folder(args: argparse.Namespace, networks: list[TrainedNetwork]) -> 
 
 
 def averaged_over(recipe: Recipe) -> Recipe:
-    """A recipe without what may differ in a mean: seeds, splits, and which teachers it had (other splits need others)."""
+    """A recipe without what may differ in a mean: seeds, splits, and its teachers, which follow from the split."""
     teachers = ("any",) * len(recipe.teachers)
     return dataclasses.replace(recipe, seed=0, split_seed=0, fold=None, tune_fold=None, teachers=teachers)
 
