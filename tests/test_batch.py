@@ -46,8 +46,16 @@ def test_nothing_given_is_changed():
     assert all(map(torch.equal, given, before))
 
 
+@pytest.fixture
+def nothing_kept():
+    """Without the constants that views keep for each device: a fake one is of no use to anyone else."""
+    augment._whole_numbers.cache_clear()
+    yield
+    augment._whole_numbers.cache_clear()
+
+
 @pytest.mark.parametrize("options", SOME)
-def test_all_stays_on_the_device_and_nothing_waits_for_it(options: ViewOptions):
+def test_all_stays_on_the_device_and_nothing_waits_for_it(options: ViewOptions, nothing_kept: None):
     """Fake CUDA tensors refuse to meet tensors of the CPU and to be read from the host."""
     augment._whole_numbers.cache_clear()  # of another mode's fake tensors
     with FakeTensorMode():

@@ -29,7 +29,8 @@ def test_crops_are_distributed_as_torchvisions(height, width, scale, ratio):
     torch.manual_seed(3)
     image = torch.empty(3, height, width)
     sampler = v2.RandomResizedCrop(8, scale, ratio)
-    theirs = [sampler.make_params([image]) for _ in range(DRAWS)]
+    draws = 1_000 if scale[0] * ratio[0] > 1 else DRAWS  # of what is always the same a few will do
+    theirs = [sampler.make_params([image]) for _ in range(draws)]
     theirs = {name: np.array([crop[name] for crop in theirs]) for name in ("top", "left", "height", "width")}
     p = view_parameters(random_uniforms(DRAWS), height, width, ViewOptions(crop_scale=scale, crop_ratio=ratio))
     ours = {"top": p.top, "left": p.left, "height": p.crop_height, "width": p.crop_width}
