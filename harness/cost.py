@@ -13,10 +13,10 @@ from recipes import Recipe
 
 # What a training step costs, for a prediction before anything has been measured (see benchmark.py). On a CPU it is two
 # things: convolutions run at the speed of a matrix product, and whatever lies between them waits for memory.
-CPU_GFLOPS = {torch.bfloat16: 240.0, torch.float32: 65.0}  # per core
+CPU_GFLOPS = {torch.bfloat16: 240.0, torch.float16: 65.0, torch.float32: 65.0}  # per core
 # Per core and number that a BatchNorm puts out: with rectifier, forward and backward (fp32: on an older processor).
-CPU_NORM_SECONDS = {torch.bfloat16: 1.5e-9, torch.float32: 6e-9}
-CUDA_GFLOPS = {torch.bfloat16: 40_000.0, torch.float32: 10_000.0}  # guesses
+CPU_NORM_SECONDS = {torch.bfloat16: 1.5e-9, torch.float16: 6e-9, torch.float32: 6e-9}
+CUDA_GFLOPS = {torch.bfloat16: 40_000.0, torch.float16: 40_000.0, torch.float32: 10_000.0}  # guesses
 
 
 def modelled_rates(machine: Machine, recipe: Recipe, net: nn.Module) -> dict[int, float]:
