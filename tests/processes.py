@@ -84,6 +84,8 @@ def _train(argv: list[str], output: int, prepare: Iterable[Prepare]) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(output)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # as they would be of a process that begins with these
+    sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)
     status = 99
     try:
         for function in prepare:
