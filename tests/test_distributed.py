@@ -139,7 +139,13 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+LONG_FORM = ("noticed by the leader first", "leader saves", "leader killed")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(n, marks=[pytest.mark.slow] if any(part in n for part in LONG_FORM) else []) for n in FAULTS],
+)
 def test_stopped_run_ends_in_all_processes_and_continues_bit_for_bit(fault: str, whole: Path, tmp_path: Path) -> None:
     out, (faulty, flags, statuses) = tmp_path / "run", FAULTS[fault]
     assert run(out, faulty, *flags) == statuses, log(out, 0) + log(out, 1)

@@ -24,7 +24,7 @@ from harness.images import Source, identity, load_images
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in export.ONNX_PACKAGES), reason="onnx is not installed"
 )
-FORMATS = [pytest.param("onnx", marks=needs_onnx), "torch", "weights"]
+FORMATS = [pytest.param("onnx", marks=[needs_onnx, pytest.mark.slow]), "torch", "weights"]
 CLASSES = ("apple", "leaf", "sky")
 
 

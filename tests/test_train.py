@@ -249,8 +249,14 @@ SPOILT: dict[str, tuple[Callable[[Trainer], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("flags", ["--average 0.9 --optimizer sgd --schedule cosine", "--average 0.9 --train-on all"])
-@pytest.mark.parametrize("what", SPOILT)
+PLAIN, ALL = "--average 0.9 --optimizer sgd --schedule cosine", "--average 0.9 --train-on all"
+
+
+@pytest.mark.parametrize(
+    "what, flags",
+    [(what, PLAIN) for what in SPOILT]
+    + [pytest.param(what, ALL, marks=[] if what == "optimiser" else pytest.mark.slow) for what in SPOILT],
+)
 def test_number_gone_wrong(what: str, flags: str, tmp_path: Path, small_demo, monkeypatch, capsys) -> None:
     """Even in the last step of an epoch: nothing of the epoch is kept, and the state before it is."""
     folder, (change, words), steps = tmp_path / "run", SPOILT[what], 6 if "all" in flags else 5
@@ -294,17 +300,20 @@ def test_run_goes_on_after_a_number_gone_wrong(tmp_path: Path, small_demo, monke
 # the same bits again
 
 
-@pytest.mark.parametrize("flags", ["", "--mixup 0.2 --cutmix 1 --erase 0.5 --average 0.9 --optimizer sgd --tta mirror"])
-def test_same_seed_same_bits(flags: str, tmp_path: Path, small_demo) -> None:
-    for name in "ab":
-        torch.manual_seed(ord(name))  # nothing hangs on the state of the global generator
-        assert run(tmp_path / name / "run", *flags.split()) == 0
+def test_same_seed_same_bits_and_others_others(tmp_path: Path, small_demo) -> None:
+    commands = {"a": [], "b": [], "seed": ["--seed", "1"], "split": ["--split-seed", "1"]}
+    for name, flags in commands.items():
+        torch.manual_seed(ord(name[0]))  # nothing depends on the state of the global generator
+        assert run(tmp_path / name / "run", *flags) == 0
     assert differences(tmp_path / "a" / "run", tmp_path / "b" / "run") == []
+    for name in ("seed", "split"):
+        different = differences(tmp_path / "a" / "run", tmp_path / name / "run")
+        assert {"last.pt/model/conv1.weight", "best.pt/model/fc.weight", "metrics.csv/0/train_loss"} <= set(different)
 
 
-@pytest.mark.parametrize("flags", ["--seed 1", "--split-seed 1"])
-def test_other_seed_other_bits(flags: str, tmp_path: Path, small_demo) -> None:
-    assert run(tmp_path / "a" / "run") == 0
-    assert run(tmp_path / "b" / "run", *flags.split()) == 0
-    different = differences(tmp_path / "a" / "run", tmp_path / "b" / "run")
-    assert {"last.pt/model/conv1.weight", "best.pt/model/fc.weight", "metrics.csv/0/train_loss"} <= set(different)
+def test_same_bits_with_all_that_is_drawn(tmp_path: Path, small_demo) -> None:
+    flags = "--mixup 0.2 --cutmix 1 --erase 0.5 --average 0.9 --optimizer sgd --tta mirror".split()
+    for name in "ab":
+        torch.manual_seed(ord(name))
+        assert run(tmp_path / name / "run", *flags) == 0
+    assert differences(tmp_path / "a" / "run", tmp_path / "b" / "run") == []
