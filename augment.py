@@ -169,7 +169,7 @@ def view_parameters(uniforms: Tensor, height: int, width: int, options: ViewOpti
     )
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _whole_numbers(count: int, device: torch.device) -> Tensor:
     """0 to `count` - 1, int64, made once: a captured step finds them there."""
     return torch.arange(count, device=device)
