@@ -313,7 +313,7 @@ CPU = Recipe(
     decay_norms=False,
     schedule="cosine",
     label_smoothing=0.1,
-    average=0.995,
+    average=0.998,
     tta="multi",
 )
 # Finer maps, larger crops, stronger views, CutMix. `train.py --recipe cpu-long`: 1.9 million samples, an hour of two
