@@ -21,7 +21,6 @@ import statistics
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from harness import errors
@@ -34,7 +33,7 @@ import torch
 from augment import Batch, EpochDraws, draw_epoch, make_batch
 from harness import cost, files, scoring
 from harness.baseline import CLASSES, CORES, Baseline, Job, load, timed
-from harness.cli import MACHINE_FLAGS, Runtime, add_flags, machine_settings, whole_number
+from harness.cli import MACHINE_FLAGS, Runtime, add_flags, file_path, machine_settings, whole_number
 from harness.machine import start_machine
 from harness.text import duration
 from recipes import RECIPES, Recipe, Stage, build_network
@@ -268,9 +267,9 @@ def build_parser() -> argparse.ArgumentParser:
     steps = "batches per turn (default: 2, on CUDA 100)"
     parser.add_argument("--steps", type=whole_number(1, 100_000), metavar="N", help=steps)
     parser.add_argument(
-        "--data-dir", type=Path, metavar="PATH", help="folder of stl10_binary (default: drawn pictures)"
+        "--data-dir", type=file_path, metavar="PATH", help="folder of stl10_binary (default: drawn pictures)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures, those of each turn too")
+    parser.add_argument("--json", type=file_path, metavar="FILE", help="write all figures, those of each turn too")
     add_flags(parser, Runtime, (*MACHINE_FLAGS, "compile"), with_defaults=True)
     return parser
 

@@ -7,9 +7,14 @@ A run is read from its `config.json` and `metrics.csv` alone, finished or still 
 """
 
 import argparse
+import contextlib
 import csv
+import glob
+import itertools
 import json
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +23,8 @@ from harness import errors
 if __name__ == "__main__":
     errors.before_imports()
 
-from harness import plots, text
+from harness import canvas, plots, text
+from harness.cli import file_path, png_path
 from harness.errors import RunError, reason
 from harness.metrics import wilson
 from harness.run_folder import COLUMNS, best_row
@@ -27,13 +33,18 @@ from recipes import Recipe
 
 
 class Run(NamedTuple):
-    """A run folder's settings, numbers of images, parameters (None in older runs) and rows of metrics."""
+    """A run folder's settings, numbers of images, parameters (None in older runs), rows, and samples so far."""
 
     folder: Path
     recipe: Recipe
     images: dict[str, Any]
     parameters: int | None
     rows: list[dict[str, float | None]]
+    samples: int
+
+
+class NoRun(RunError):
+    """Something that is no run folder, among those that are."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,17 +53,27 @@ def main(argv: list[str] | None = None) -> int:
         description="Lay several runs side by side: one table, one accuracy plot.",
         allow_abbrev=False,
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, finished or still going")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="the plot, PNG (default: comparison.png beside the runs)"
+        "runs",
+        nargs="+",
+        type=file_path,
+        metavar="RUN",
+        help="run folder, finished or still going; what is none, as in runs/*, is passed over",
+    )
+    parser.add_argument(
+        "--out", type=png_path, metavar="FILE", help="the plot, PNG (default: comparison.png beside the runs)"
     )
     args = parser.parse_args(argv)
-    runs = [read(folder) for folder in args.runs]
-    names = [run.folder.resolve().name for run in runs]
+    runs, broken = gather(args.runs)
+    names = [text.printable(run.folder.resolve().name) for run in runs]
     names = names if len(set(names)) == len(names) else [text.printable(run.folder) for run in runs]
     print(table(names, runs))
     print("\n".join(f"note: {note}" for note in notes(runs)))
     out = args.out or runs[0].folder.resolve().parent / "comparison.png"
+    if not args.out and out.exists() and not canvas.drawn_here(out):
+        raise RunError(
+            f"{out} was drawn by another program, or by an older version of this one; name another file with --out"
+        )
     best = {name: row["val_accuracy"] for name, run in zip(names, runs, strict=True) if (row := best_row(run.rows))}
     if best:
         highest = max(best, key=best.get)
@@ -62,22 +83,61 @@ def main(argv: list[str] | None = None) -> int:
             title=f"val accuracy: highest {best[highest]:.1%}, of {highest}",
         )
         print(f"plot: {out}")
-    return 0
+    return 1 if broken else 0
+
+
+def gather(named: Sequence[Path]) -> tuple[list[Run], bool]:
+    """The runs among what is named, each once, and whether one could not be read; what is passed over goes to stderr.
+
+    Raises RunError where no run is left.
+    """
+    runs, skipped, broken = {}, [], False
+    for path in itertools.chain.from_iterable(map(_expanded, named)):
+        try:
+            runs.setdefault(path.resolve(), read(path))
+        except RunError as error:
+            skipped.append(str(error))
+            broken = broken or not isinstance(error, NoRun)
+    if not runs:
+        raise RunError("; ".join(skipped))
+    for sentence in skipped:
+        print(f"skipped: {text.printable(sentence)}", file=sys.stderr)
+    return list(runs.values()), broken
+
+
+def _expanded(path: Path) -> list[Path]:
+    """The path, or what a pattern stands for that the shell has left as it is, as on Windows."""
+    matches = sorted(glob.glob(str(path))) if glob.has_magic(str(path)) and not path.exists() else []
+    return [Path(match) for match in matches] or [path]
 
 
 def read(folder: Path) -> Run:
-    """What `config.json` and `metrics.csv` say. Raises RunError where they are missing or not whole."""
+    """What `config.json` and `metrics.csv`, which a run's first epoch writes, say.
+
+    Raises NoRun where there is no `config.json`, RunError where one of the two cannot be used.
+    """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        with open(folder / "metrics.csv", encoding="utf-8", newline="") as file:
-            lines = list(csv.DictReader(file))
-        rows = [{key: float(line[key]) if line[key] else None for key in COLUMNS} for line in lines]
-        recipe = Recipe.from_dict(config["recipe"])
-        return Run(folder, recipe, config["images"], config.get("parameters"), rows)
+        rows = []
+        with contextlib.suppress(FileNotFoundError), open(folder / "metrics.csv", encoding="utf-8", newline="") as file:
+            rows = [{key: _number(line[key], key) for key in COLUMNS} for line in csv.DictReader(file)]
+        recipe, images = Recipe.from_dict(config["recipe"]), config["images"]
+        samples = recipe.samples(images["train"], [int(row["stage"]) - 1 for row in rows])
+        return Run(folder, recipe, images, config.get("parameters"), rows, samples)
+    except (FileNotFoundError, NotADirectoryError):
+        raise NoRun(f"{folder} is no run folder") from None
     except OSError as error:
-        raise RunError(f"{folder} is no run folder: {error.filename}: {reason(error)}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{folder} cannot be read: {error.filename}: {reason(error)}") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise RunError(f"{folder} holds a run that cannot be read: {error}") from error
+
+
+def _number(text: str, column: str) -> float | None:
+    if not text and column in ("val_loss", "val_accuracy"):
+        return None
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{column} is {text}")
+    return number
 
 
 def table(names: list[str], runs: list[Run]) -> str:
@@ -86,7 +146,6 @@ def table(names: list[str], runs: list[Run]) -> str:
     lines = []
     for name, run in zip(names, runs, strict=True):
         best, last = best_row(run.rows), run.rows[-1]["val_accuracy"] if run.rows else None
-        stages = [int(row["stage"]) - 1 for row in run.rows]
         lines.append(
             [
                 name,
@@ -96,7 +155,7 @@ def table(names: list[str], runs: list[Run]) -> str:
                 f"{best['val_accuracy']:.1%} in epoch {best['epoch']:g}" if best else "–",
                 _with_interval(last, run.images["val"]) if last is not None else "–",
                 duration(sum(row["seconds"] for row in run.rows)),
-                f"{run.recipe.samples(run.images['train'], stages):,}",
+                f"{run.samples:,}",
                 f"{run.parameters:,}" if run.parameters else "–",
             ]
         )

@@ -25,9 +25,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from harness import checkpoint, files, metrics, report, scoring, scoring_ledger
+from harness import checkpoint, files, metrics, ownership, report, scoring, scoring_ledger
 from harness.checkpoint import TrainedNetwork
-from harness.cli import machine_settings, network_parser, whole_number
+from harness.cli import file_path, machine_settings, network_parser, whole_number
 from harness.errors import RunError
 from harness.images import load_for_network, load_test_images, recorded_source
 from harness.machine import Machine, start_machine
@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     networks = sides[0]
     out = args.out or default_folder(args, networks)
     files.make_folder(out)
+    earlier = ownership.pictures_written(out)
     evaluated: list[list[Evaluation]] = []
     for side in sides:
         evaluated.append([])
@@ -63,18 +64,23 @@ def main(argv: list[str] | None = None) -> int:
         if len({averaged_over(network.recipe) for network in side}) > 1:
             print("warning: these networks differ in more than their seeds and splits", file=sys.stderr)
     entries, *opposed = [[evaluation.entry for evaluation in side] for side in evaluated]
-    print(report.text(entries, *opposed))
     pairs = compare(evaluated, args)
+    drawn = len(entries) == 1 and not opposed and args.protocol == "clean"
     whole = {"split": args.split, "protocol": args.protocol, **machine.as_dict(), **report.side(entries)}
     whole |= {"against": report.side(opposed[0])} if opposed else {}
-    if pairs:
-        print(report.pairs_text(pairs))
-        whole["pairs"] = pairs
-    files.write_text(out / "report.json", json.dumps(whole, indent=2) + "\n")
-    report.clear_pictures(out)
-    if len(entries) == 1 and not opposed and args.protocol == "clean":
-        report.draw(out, entries[0], networks[0].classes, *scored)
-    print(f"report: {out / 'report.json'}")
+    whole |= {"pairs": pairs} if pairs else {}
+    whole["pictures"] = report.pictures(entries[0]) if drawn else []
+    try:
+        for picture in earlier:
+            (out / picture).unlink(missing_ok=True)
+        files.write_text(out / report.REPORT, json.dumps(whole, indent=2) + "\n")
+        if drawn:
+            report.draw(out, entries[0], networks[0].classes, *scored)
+    finally:  # a full disk does not cost the tables, nor a closed terminal the report
+        print(report.text(entries, *opposed))
+        if pairs:
+            print(report.pairs_text(pairs))
+    print(f"report: {out / report.REPORT}")
     return 0
 
 
@@ -85,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "networks",
         nargs="+",
-        type=Path,
+        type=file_path,
         metavar="RUN_OR_CHECKPOINT",
         help="run folder or checkpoint; several are scored one by one, with mean and standard deviation",
     )
@@ -127,11 +133,11 @@ def build_parser() -> argparse.ArgumentParser:
         "with the original project's figures (default: clean: the images themselves, in eval mode)",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="folder for report and plots (default: evaluation-… by the run)"
+        "--out", type=file_path, metavar="FOLDER", help="folder for report and plots (default: evaluation-… by the run)"
     )
     text = "folder that holds {} (default: where the run found them, as its config.json says)"
-    parser.add_argument("--data-dir", type=Path, metavar="PATH", help=text.format("stl10_binary"))
-    parser.add_argument("--images", type=Path, metavar="PATH", help=text.format("the user's own pictures"))
+    parser.add_argument("--data-dir", type=file_path, metavar="PATH", help=text.format("stl10_binary"))
+    parser.add_argument("--images", type=file_path, metavar="PATH", help=text.format("the user's own pictures"))
     return parser
 
 

@@ -33,11 +33,13 @@ from torch import Tensor, nn
 import augment
 from harness import checkpoint, demo_shapes, files, scoring
 from harness.checkpoint import TrainedNetwork
+from harness.cli import file_path
 from harness.errors import RunError
 from harness.images import Source, load_for_network, recorded_source
 from model import SMALLEST_INPUT
 
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+INPUT = f"RGB pixels from 0 to 255, float32 (N, 3, H, W), from {SMALLEST_INPUT} px"
 COUNTS = (1, 8)  # images in the batches that are compared
 
 Classify = Callable[[Tensor], Tensor]  # float32 pixels (N, 3, H, W), 0 … 255, to logits (N, K)
@@ -73,6 +75,8 @@ def main(argv: list[str] | None = None) -> int:
         raise RunError(f"--format onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     out = args.out or (args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent)
     files.make_folder(out)
+    for name in args.format:
+        require_replaceable(out / FORMATS[name].file, trained)
     images, origin = sample(
         trained, recorded_source(trained.file, args.data_dir, args.images), args.data_dir or args.images
     )
@@ -88,14 +92,30 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="export.py", description="Write a trained network in formats for use elsewhere.", allow_abbrev=False
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint file or run folder")
+    parser.add_argument("checkpoint", type=file_path, metavar="CHECKPOINT", help="checkpoint file or run folder")
     parser.add_argument("--best", action="store_true", help="of a run folder take best.pt (default: its last.pt)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: beside the checkpoint)")
+    parser.add_argument(
+        "--out", type=file_path, metavar="FOLDER", help="where to write (default: beside the checkpoint)"
+    )
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=["torch"], help="formats (default: torch)")
     told = "of the images to compare on (default: where the run had them)"
-    parser.add_argument("--data-dir", type=Path, metavar="FOLDER", help=f"folder {told}")
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help=f"folder, as given to train.py, {told}")
+    parser.add_argument("--data-dir", type=file_path, metavar="FOLDER", help=f"folder {told}")
+    parser.add_argument("--images", type=file_path, metavar="FOLDER", help=f"folder, as given to train.py, {told}")
     return parser
+
+
+def require_replaceable(path: Path, trained: TrainedNetwork) -> None:
+    """Raise RunError if a file is there that no export wrote, or the very checkpoint that is exported."""
+    if path.exists() and (path.resolve() == trained.file.resolve() or not _is_export(path)):
+        raise RunError(f"{path} is there and was not written by export.py; name another folder with --out")
+
+
+def _is_export(path: Path) -> bool:
+    """Whether a file holds what `metadata` says, or weights alone."""
+    try:
+        return INPUT.encode() in path.read_bytes() or bool(checkpoint.load(path, "weights"))
+    except (OSError, RunError):
+        return False
 
 
 def sample(trained: TrainedNetwork, source: Source, required: bool) -> tuple[Tensor, str]:
@@ -152,7 +172,7 @@ def quiet() -> Iterator[None]:
 def metadata(trained: TrainedNetwork) -> dict[str, str]:
     """What the user of a file must know, as text."""
     return {
-        "input": f"RGB pixels from 0 to 255, float32 (N, 3, H, W), from {SMALLEST_INPUT} px",
+        "input": INPUT,
         "output": "logits, float32 (N, classes)",
         "classes": json.dumps(trained.classes),
         "eval_size": str(trained.eval_size),
@@ -198,7 +218,7 @@ def _read_onnx(path: Path) -> Classify:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
     return lambda pixels: torch.from_numpy(session.run(["logits"], {"pixels": pixels.numpy()})[0])
 
 

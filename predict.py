@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from harness import checkpoint, files, picture_file, picture_search, plots, scoring, text
 from harness.checkpoint import TrainedNetwork
-from harness.cli import machine_settings, network_parser, whole_number
+from harness.cli import file_path, machine_settings, network_parser, png_path, whole_number
 from harness.errors import RunError
 from harness.machine import Machine, start_machine
 from harness.picture_search import HARMLESS, PassedOver
@@ -46,22 +46,23 @@ class Prediction(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.sheet and args.sheet.suffix.lower() != ".png":
-        parser.error(f"--sheet writes a PNG file: {args.sheet} should end in .png")
     machine = start_machine(machine_settings(parser, args))
     trained = checkpoint.load_network(args.network, args.best)
     trained.model.to(machine.device)
     paths, skipped = gather(args.pictures)
+    check_outputs(parser, args, [trained.file, *paths])
     predictions = predict(trained, paths, args.top, machine, skipped, squares=ON_SHEET if args.sheet else 0)
     if not predictions:
         raise RunError("there is no picture to look at" if not paths else "none of the files is a usable picture")
-    print(table(predictions))
-    if args.csv:
-        files.write_text(args.csv, as_csv(predictions))
-    if args.json:
-        files.write_text(args.json, as_json(predictions, skipped, trained))
-    if args.sheet:
-        draw_sheet(args.sheet, predictions, trained)
+    try:
+        if args.csv:
+            files.write_text(args.csv, as_csv(predictions))
+        if args.json:
+            files.write_text(args.json, as_json(predictions, skipped, trained))
+        if args.sheet:
+            draw_sheet(args.sheet, predictions, trained)
+    finally:  # a full disk does not cost the table, nor a closed terminal the files
+        print(table(predictions))
     return 1 if skipped else 0
 
 
@@ -72,23 +73,37 @@ def build_parser() -> argparse.ArgumentParser:
         "pictures that it was trained on, scored as the run was validated; what is transparent lies on white. The exit "
         "status is 1 where a picture had to be skipped.",
     )
-    parser.add_argument("network", type=Path, metavar="RUN_OR_CHECKPOINT", help="run folder or checkpoint")
+    parser.add_argument("network", type=file_path, metavar="RUN_OR_CHECKPOINT", help="run folder or checkpoint")
     parser.add_argument(
         "pictures",
         nargs="+",
-        type=Path,
+        type=file_path,
         metavar="PICTURE",
         help="picture of any kind that Pillow opens, or folder of them",
     )
     parser.add_argument(
         "--top", type=whole_number(1, 1000), default=2, metavar="N", help="classes to tell (default: 2)"
     )
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV too")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write it as JSON, with the files that were skipped")
+    parser.add_argument("--csv", type=file_path, metavar="FILE", help="write the table as CSV too")
     parser.add_argument(
-        "--sheet", type=Path, metavar="FILE", help=f"draw the first {ON_SHEET} pictures with class and confidence (PNG)"
+        "--json", type=file_path, metavar="FILE", help="write it as JSON, with the files that were skipped"
+    )
+    parser.add_argument(
+        "--sheet",
+        type=png_path,
+        metavar="FILE",
+        help=f"draw the first {ON_SHEET} pictures with class and confidence (PNG)",
     )
     return parser
+
+
+def check_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace, inputs: Sequence[Path]) -> None:
+    """End the process with status 2 where an output would replace what is read, or another output."""
+    taken = {path.resolve() for path in inputs}
+    for flag, path in (("csv", args.csv), ("json", args.json), ("sheet", args.sheet)):
+        if path is not None and path.resolve() in taken:
+            parser.error(f"--{flag} {path} would replace another file of this command; give it another name")
+        taken |= {path.resolve()} if path is not None else set()
 
 
 def gather(named: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:
@@ -189,8 +204,7 @@ def draw_sheet(path: Path, predictions: Sequence[Prediction], trained: TrainedNe
     shown = [prediction for prediction in predictions if prediction.square is not None]
     titles = []
     for file, ((name, share), *_), _ in shown:
-        short = Path(file).name
-        short = short if len(short) <= NAME_LENGTH else short[: NAME_LENGTH - 1] + "…"
+        short = text.shortened(Path(file).name, NAME_LENGTH)
         titles.append(f"{name} {share:.0%}\n{short}")
     first = "" if len(shown) == len(predictions) else f"the first {len(shown)} of "
     heading = f"{trained.file.parent.name}/{trained.file.name}: {first}{len(predictions):,} pictures"

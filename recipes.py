@@ -66,6 +66,12 @@ class Stage:
         """Side in px of the views of an epoch of this stage, counted from 0."""
         return self.crop_size[epoch * len(self.crop_size) // self.epochs]
 
+    @property
+    def unused_crop_sizes(self) -> tuple[int, ...]:
+        """Those of the sizes that no epoch has, as there are fewer epochs than sizes."""
+        used = {self.crop_size_at(epoch) for epoch in range(self.epochs)}
+        return tuple(size for size in dict.fromkeys(self.crop_size) if size not in used) if self.epochs else ()
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -127,7 +133,9 @@ class Recipe:
     cycle: int = option("restarts: epochs of the first cycle", 10, low=1, high=100_000)
     cycle_growth: int = option("restarts: each cycle is this many times longer than the one before", 2, low=1, high=100)
     cycle_decay: float = option("restarts: each cycle's peak as a share of the one before", 0.6, above=0.0, high=1.0)
-    warmup: float = option("cosine: share of the stage in which the rate rises", 0.1, low=0.0, high=0.9)
+    warmup: float = option(
+        "cosine: share of the stage in which the rate rises, from 0 in its first step", 0.1, low=0.0, high=0.9
+    )
     label_smoothing: float = option("share of the target spread over the other classes", 0.0, low=0.0, high=0.9)
     average: float = option(
         "decay of the running average of weights that is scored and kept; 0 is off", 0.0, low=0.0, high=0.99999

@@ -115,6 +115,10 @@ def begin_or_continue(trainer: "Trainer", run: RunFolder, images: int, runtime: 
         if epoch:  # within a stage; between two stages the weights alone go on
             trainer.begin_stage(recipe.stages[stage_index], images)
             trainer.restore(state)
+    for number, stage in enumerate(recipe.stages, 1):
+        if stage.unused_crop_sizes:
+            sizes = ", ".join(map(str, stage.unused_crop_sizes))
+            trainer.machine.note(f"stage {number} has {stage.epochs} epochs: too few for its crop size(s) {sizes} px")
     run.write_config(runtime, trainer.net)
     print(f"{run.folder}: {recipe.name}, {run.epochs_done} of {recipe.epochs} epochs done")
     print(trainer.machine, flush=True)

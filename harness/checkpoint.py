@@ -7,6 +7,7 @@ of each stage's end but the last.
 
 import contextlib
 import io
+import math
 import os
 import pickle
 import zipfile
@@ -18,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.errors import RunError, reason
+from harness.errors import RunError, is_out_of_memory, reason
 from harness.files import atomic_write
 from model import ResNet, WideNet
 from recipes import Recipe, build_network
 
 FORMAT = 2  # format 1, which is read too, had other names for two settings (see recipes.OLD_NAMES)
+WEIGHTS = ("best.pt", "stage[0-9]*.pt")
 # exceptions raised when a readable file holds values that do not fit this state or network
 MISMATCH_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
@@ -61,7 +63,7 @@ def load(path: Path, kind: str | None = None) -> dict[str, Any]:
     """Read and check a checkpoint, of one kind (`run` or `weights`) if given; tensors arrive on the CPU.
 
     Raises Damaged if it is not whole, RunError if it is missing, foreign, from a newer version, or holds more
-    than plain values: nothing in the file is ever run.
+    than plain values: nothing in the file is ever run. An error about memory passes as it is.
     """
     try:
         payload = _read(path)
@@ -70,6 +72,8 @@ def load(path: Path, kind: str | None = None) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise RunError(f"{path} was not opened: it holds more than plain values; do not trust its source") from error
     except Exception as error:  # zip and torch raise anything from KeyError to RuntimeError on foreign bytes
+        if is_out_of_memory(error):  # which says nothing about the file
+            raise
         raise Damaged(f"{path} is damaged, or no checkpoint at all ({first_words(error)})") from error
     if not isinstance(payload, dict) or not isinstance(payload.get("format"), int) or "recipe" not in payload:
         raise RunError(f"{path} is not a checkpoint of this project")
@@ -87,6 +91,8 @@ def _read(path: Path) -> Any:
         for member in archive.infolist():
             if member.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"{member.filename} is compressed")
+            if member.file_size > path.stat().st_size:  # memory is asked for by what it says
+                raise ValueError(f"{member.filename} is longer than the file")
             copy.writestr(member.filename, archive.read(member))
     checked.seek(0)
     return torch.load(checked, map_location="cpu", weights_only=True)
@@ -115,8 +121,23 @@ def resume(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
             payload = load(previous, "run")
         except RunError as also:
             raise Damaged(f"{error}, and {also}") from also
+        warning = f"{error}; continuing from the state before it (previous.pt)"
+        lost = remove_weights_after(folder, payload.get("epoch", math.inf))
+        if lost:
+            warning += f", without {' and '.join(lost)} of the epoch that is lost"
         os.replace(previous, last)  # or the next commit would keep the damaged file as previous.pt
-        return payload, f"{error}; continuing from the state before it (previous.pt)"
+        return payload, warning
+
+
+def remove_weights_after(folder: Path, epoch: float) -> list[str]:
+    """Remove a run's files of weights alone that are of a later epoch, and return their names."""
+    removed = []
+    for path in (path for pattern in WEIGHTS for path in folder.glob(pattern)):
+        with contextlib.suppress(RunError, *MISMATCH_ERRORS):
+            if load(path, "weights")["epoch"] > epoch:
+                path.unlink()
+                removed.append(path.name)
+    return removed
 
 
 @contextlib.contextmanager
@@ -125,6 +146,8 @@ def mismatch_reported(source: Path | str) -> Iterator[None]:
     try:
         yield
     except MISMATCH_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
         raise RunError(f"{source} does not fit this network: {first_words(error)}") from error
 
 

@@ -1,6 +1,7 @@
 """Command lines: where and how a run is made (`Runtime`), and flags made from the fields of dataclasses."""
 
 import argparse
+import re
 import types
 import typing
 from collections.abc import Callable, Collection
@@ -44,6 +45,8 @@ class Runtime:
 
     def __post_init__(self) -> None:
         check_limits(self)
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
+            raise ValueError(f"device is cpu, cuda, cuda:1 … or auto, not {self.device!r}")
 
 
 MACHINE_FLAGS = ("device", "threads", "precision")
@@ -100,7 +103,7 @@ def add_flags(group: Any, settings: type, names: Collection[str] | None = None, 
             kind, *others = hint.__args__
             options |= {"type": kind, "nargs": "+" if others == [...] else 1 + len(others), "metavar": _metavar(kind)}
         else:
-            options |= {"type": hint, "nargs": "+" if per_stage else None}
+            options |= {"type": file_path if hint is Path else hint, "nargs": "+" if per_stage else None}
             options["metavar"] = None if options["choices"] else _metavar(hint)
         flag = item.metadata.get("flag", item.name).replace("_", "-")
         group.add_argument(f"--{flag}", help=_help(item.metadata["help"], item.default, per_stage), **options)
@@ -152,6 +155,9 @@ def parse_train(argv: list[str] | None = None) -> tuple[Recipe, Runtime]:
             parser.error(f"--{name.replace('_', '-')} is of no use without --teacher")
     if "image_size" in args and not runtime.images:
         parser.error("--image-size is the size of the pictures of --images; STL-10's are 96 px")
+    out = default_run_folder(recipe, runtime)
+    if runtime.images and out.resolve().is_relative_to(runtime.images.resolve()):
+        parser.error(f"the run folder {out} lies within --images, where it would be taken for pictures; see --out")
     return recipe, runtime
 
 
@@ -181,6 +187,21 @@ def machine_settings(parser: argparse.ArgumentParser, args: argparse.Namespace) 
         return Runtime(**{name: getattr(args, name) for name in names})
     except ValueError as error:
         parser.error(f"--{error}")
+
+
+def file_path(text: str) -> Path:
+    """An argument's type: a path, of which an empty one is none: it would mean the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a path is expected, not an empty word")
+    return Path(text)
+
+
+def png_path(text: str) -> Path:
+    """An argument's type: the path of a picture to be written."""
+    path = file_path(text)
+    if path.suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"PNG files are written: {text} should end in .png")
+    return path
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:

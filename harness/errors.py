@@ -1,5 +1,6 @@
 """What the user can act on, how a command reports it, and what can go wrong before a command has begun."""
 
+import codecs
 import contextlib
 import errno
 import io
@@ -10,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from types import TracebackType
 
-from harness.text import printable
+from harness.text import escape, printable
 
 MEMORY_WORDS = (  # of PyTorch's allocators on CPU and CUDA, cuBLAS, cuDNN, C++ and the dynamic linker
     "can't allocate memory",
@@ -64,6 +65,9 @@ def before_imports() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored, after `&`
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.excepthook = _report_memory
+    os.environ["MATPLOTLIBRC"] = (
+        os.devnull
+    )  # plots have their own style: a user's settings cannot even break the import
     try:
         from tqdm import tqdm
 
@@ -91,12 +95,14 @@ def report(main: Callable[[], int | None]) -> int:
     The status is 1 then, 130 after Ctrl-C. Other exceptions are bugs and keep their traceback. What stdout and stderr
     cannot encode is printed in escapes.
     """
+    codecs.register_error("escape", _escaped)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by whoever started us (`2>&-`)
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+        elif hasattr(stream, "reconfigure"):  # a notebook's have none
+            with contextlib.suppress(OSError):  # closed, full: the first print will say it
+                stream.reconfigure(errors="escape")
     try:
         with _interrupts_raised():
             status = main() or 0
@@ -119,6 +125,10 @@ def report(main: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try and complain again at exit
         status = status or _fail(_cause(error))
     return status
+
+
+def _escaped(error: UnicodeEncodeError) -> tuple[str, int]:
+    return "".join(map(escape, error.object[error.start : error.end])), error.end
 
 
 @contextlib.contextmanager

@@ -2,8 +2,15 @@
 
 import contextlib
 import errno
+import glob
 import os
-from collections.abc import Iterator
+import secrets
+import shutil
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import filelock
@@ -11,34 +18,118 @@ import filelock
 from harness.errors import RunError, reason
 
 LOCK_FILE = ".lock"
+STALE = 3600.0  # seconds since a temporary file was last written to
+NO_ROOM = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path, keep: Path | None = None) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; what was written there takes the place of `path` at once, or not at all.
+    """Yield a temporary path; what was written there takes the place of `path` at once, or not at all.
 
-    The older file is kept under the name `keep` where one is given. Raises RunError naming path and cause where the
-    disk is full, the folder read-only or the like.
+    A file that is replaced keeps its mode and, where the system permits, its owner; of a link the target is replaced.
+    What cannot be replaced by a file is written into: a device, a pipe, this process's own output, a file that is
+    mounted alone or lies in a folder that takes no others. The older file is kept under the name `keep` where one is
+    given; then links are not followed. Raises RunError naming path and cause where the disk is full or the like.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = None
     try:
+        target = path if keep is not None else _replaceable(path)
+        temporary = _new_file(target)
         yield temporary
-        with open(temporary, "r+b") as file:  # Windows synchronises writable handles only
-            os.fsync(file.fileno())  # or a power cut could leave the new name with none of the content
-        if keep is not None and path.exists():
-            os.replace(path, keep)
-        os.replace(temporary, path)
+        if target is None:
+            _write_into(path, temporary)
+        else:
+            _replace(target, temporary, keep)
     except OSError as error:
-        raise RunError(f"cannot write {path}: {reason(error)}; make room or choose another folder") from error
+        way_out = "make room or choose" if error.errno in NO_ROOM else "choose"
+        raise RunError(f"cannot write {path}: {reason(error)}; {way_out} another folder") from error
     finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _replaceable(path: Path) -> Path | None:
+    """The plain file, there or not yet, that the links of `path` lead to; None for what can only be written into."""
+    target = Path(os.path.realpath(path))
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return target
+    if not stat.S_ISREG(status.st_mode) or _own_output(status) is not None:
+        return None
+    in_fixed_folder = os.access(target, os.W_OK) and not os.access(target.parent, os.W_OK)
+    return None if in_fixed_folder else target
+
+
+def _own_output(status: os.stat_result) -> int | None:
+    """The descriptor by which this process prints into that very file, if it does."""
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):  # closed
+            if os.path.samestat(status, os.fstat(descriptor)):
+                return descriptor
+    return None
+
+
+def _new_file(target: Path | None) -> Path:
+    """Create an empty file, of a name that no other process uses, beside `target` if there is one."""
+    folder, name = (target.parent, target.name[:40]) if target is not None else (Path(tempfile.gettempdir()), "output")
+    _remove_stale(folder, name)
+    path = folder / f".{name}.{secrets.token_hex(4)}.tmp"
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    return path
+
+
+def _remove_stale(folder: Path, name: str) -> None:
+    """Remove what killed processes left of this file long ago; what another one is writing at present stays."""
+    for path in folder.glob(f".{glob.escape(name)}.????????.tmp"):
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            if time.time() - path.stat().st_mtime > STALE:
+                path.unlink()
+
+
+def _replace(target: Path, temporary: Path, keep: Path | None) -> None:
+    with open(temporary, "r+b") as file:  # Windows synchronises writable handles only
+        os.fsync(file.fileno())  # or a power cut could leave the new name with none of the content
+    with contextlib.suppress(FileNotFoundError):
+        _copy_rights(target.stat(), temporary)
+    if keep is not None and target.exists():
+        os.replace(target, keep)
+    try:
+        os.replace(temporary, target)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        _write_into(target, temporary)  # a file that is mounted alone, as containers have them
+
+
+def _copy_rights(status: os.stat_result, path: Path) -> None:
+    with contextlib.suppress(OSError, AttributeError):  # to give a file away takes root, and a system with owners
+        os.chown(path, status.st_uid, status.st_gid)
+    with contextlib.suppress(OSError):
+        os.chmod(path, stat.S_IMODE(status.st_mode))
+
+
+def _write_into(path: Path, temporary: Path) -> None:
+    own = _own_output(path.stat())
+    if own is not None:  # behind what has been printed
+        sys.stdout.flush()
+        sys.stderr.flush()
+    with open(temporary, "rb") as content, open(path if own is None else os.dup(own), "wb") as output:
+        shutil.copyfileobj(content, output)
+
+
+def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
+    """Remove at once what killed processes left of files of these names (patterns), which no other process writes."""
+    for name in names:
+        for path in folder.glob(f".{name}.*tmp"):
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file (UTF-8) as a whole. Raises RunError."""
+    """Replace a text file (UTF-8, with escapes for bytes of names that are not) as a whole. Raises RunError."""
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def make_folder(path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from harness.errors import RunError, reason
+from harness.errors import RunError, is_out_of_memory, reason
 from harness.picture_repair import repaired
 from harness.text import printable
 
@@ -51,7 +51,8 @@ def open_square(path: Path, size: int) -> Tensor:
     except UnidentifiedImageError as error:
         raise RunError(f"{printable(path)} is not a picture, or of a kind that Pillow cannot open") from error
     except Exception as error:  # on broken files Pillow's readers raise anything from OSError to struct.error
-        raise RunError(f"cannot read {printable(path)}: {reason(error)}") from error
+        cause = "not enough memory" if is_out_of_memory(error) else reason(error)
+        raise RunError(f"cannot read {printable(path)}: {cause}") from error
     width, height = picture.size
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2

@@ -6,39 +6,35 @@ and val_accuracy (accuracies 0 … 1; None where an epoch was not scored). Sizes
 of Okabe and Ito, which colour-blind people tell apart. pyplot, with its global state, is not used.
 """
 
-import contextlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-# A notebook's kernel names a backend for all that it starts, which need not be installed where this runs: matplotlib
-# would then refuse to be imported. No plot here needs one, so it is offered to matplotlib afterwards.
-_backend = os.environ.pop("MPLBACKEND", None)
-import matplotlib  # noqa: E402
+from harness import canvas
+from harness.canvas import plain, styled
+from harness.metrics import wilson
+from harness.text import printable, shortened
 
-if _backend is not None:
-    os.environ["MPLBACKEND"] = _backend
-    with contextlib.suppress(ValueError):
-        matplotlib.rcParams["backend"] = _backend
-
+# canvas imports matplotlib in a guarded way, and so comes first
+# isort: split
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from harness.files import atomic_write
-from harness.metrics import wilson
-
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 GREY = "#666666"
 CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, "#000000")
 DPI = 150
+NAMED_RUNS = 16  # in a legend
+NAMED_CLASSES = 40  # along an axis of the confusion matrix
+WORST_CLASSES = 60  # bars
 
 Row = Mapping[str, float | None]
 
 
+@styled
 def accuracy(
     path: Path,
     rows: Sequence[Row],
@@ -74,6 +70,7 @@ def accuracy(
     return _save(figure, path)
 
 
+@styled
 def losses(
     path: Path,
     rows: Sequence[Row],
@@ -98,6 +95,7 @@ def losses(
     return _save(figure, path)
 
 
+@styled
 def learning_rate(
     path: Path,
     epochs: Sequence[float],
@@ -119,16 +117,22 @@ def learning_rate(
     return _save(figure, path)
 
 
+@styled
 def comparison(path: Path, runs: Mapping[str, Sequence[Row]], *, title: str) -> Figure:
-    """Validation accuracy of several runs, {name: rows}; the legend tells each run's best and last."""
+    """Validation accuracy of several runs, {name: rows}; the legend has the 16 with the highest best accuracy."""
     figure, axes = _canvas("epoch", "val accuracy")
-    for index, (name, rows) in enumerate(runs.items()):
-        epochs, values = _column(rows, "val_accuracy")
-        if not len(epochs):
-            continue
+    scored = {name: column for name, rows in runs.items() if len((column := _column(rows, "val_accuracy"))[0])}
+    named = sorted(scored, key=lambda name: -max(scored[name][1]))[:NAMED_RUNS]
+    for name, (epochs, values) in scored.items():
+        if name not in named:
+            axes.plot(epochs, values, lw=0.8, color="#BBBBBB", zorder=1)
+    for index, name in enumerate(name for name in scored if name in named):
+        epochs, values = scored[name]
         style = {"color": CYCLE[index % len(CYCLE)], "ls": ("-", "--", ":", "-.")[index // len(CYCLE) % 4]}
-        label = f"{_plain(name)}: best {max(values):.1%}, last {values[-1]:.1%}"
+        label = f"{_name(name, 40)}: best {max(values):.1%}, last {values[-1]:.1%}"
         axes.plot(epochs, values, lw=1.3, label=label, **style, **_mark(epochs))
+    if len(scored) > NAMED_RUNS:
+        axes.plot([], [], lw=0.8, color="#BBBBBB", label=f"{len(scored) - NAMED_RUNS} others")
     _percent(axes.yaxis)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if axes.lines:
@@ -137,6 +141,7 @@ def comparison(path: Path, runs: Mapping[str, Sequence[Row]], *, title: str) -> 
     return _save(figure, path)
 
 
+@styled
 def accuracy_against_size(
     path: Path, sizes: Sequence[int], accuracies: Sequence[float], *, title: str, images: int
 ) -> Figure:
@@ -147,15 +152,20 @@ def accuracy_against_size(
     axes.plot(sizes, accuracies, color=BLUE, lw=1.5, marker="o", ms=5, label=f"accuracy ({images:,} images)")
     best = int(np.argmax(accuracies))
     _label_best(axes, sizes[best], accuracies[best])
-    axes.set_xticks(sizes)
+    if len(sizes) <= 12:
+        axes.set_xticks(sizes)
     _percent(axes.yaxis)
     axes.legend(loc="best", fontsize=9)
     _title(figure, title, f"best {accuracies[best]:.1%} at {sizes[best]} px")
     return _save(figure, path)
 
 
+@styled
 def confusion(path: Path, matrix: np.ndarray, class_names: Sequence[str], *, title: str) -> Figure:
-    """Confusion matrix: counts (K, K), row true class, column predicted; colour is the share of the row."""
+    """Confusion matrix: counts (K, K), row true class, column predicted; colour is the share of the row.
+
+    More than 40 classes are numbered, not named.
+    """
     matrix = np.asarray(matrix)
     figure, axes = _canvas("predicted", "true", height=7.0)
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
@@ -164,34 +174,43 @@ def confusion(path: Path, matrix: np.ndarray, class_names: Sequence[str], *, tit
         if count and len(class_names) <= 20:
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, f"{count}", ha="center", va="center", fontsize=9, color=colour)
-    names = [_plain(name) for name in class_names]
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(names)), names)
+    names = [_name(name) for name in class_names]
+    if len(names) <= NAMED_CLASSES:
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(names)), names)
+        axes.tick_params(labelsize=10 if len(names) <= 20 else 7)
+    else:
+        axes.set(xlabel="predicted (classes by number, from 0)", ylabel="true")
     axes.grid(False)
     _title(figure, title, f"{np.trace(matrix):,} of {matrix.sum():,} right: {np.trace(matrix) / matrix.sum():.1%}")
     return _save(figure, path)
 
 
+@styled
 def per_class(path: Path, matrix: np.ndarray, class_names: Sequence[str], *, title: str) -> Figure:
-    """Accuracy of each class with its 95% interval, worst first, from the counts of a confusion matrix (K, K)."""
+    """Accuracy of the worst classes, 60 at most, with 95% intervals, from the counts of a confusion matrix (K, K)."""
     matrix = np.asarray(matrix)
-    figure, axes = _canvas("accuracy", "", height=0.32 * len(class_names) + 1.6)
     hits, totals = matrix.diagonal(), matrix.sum(1)
     shares = hits / np.maximum(totals, 1)
-    order = [int(index) for index in np.argsort(-shares, kind="stable") if totals[index]]
+    scored = [int(index) for index in np.argsort(-shares, kind="stable") if totals[index]]
+    order = scored[-WORST_CLASSES:]
+    figure, axes = _canvas("accuracy", "", height=0.32 * len(order) + 1.6)
     for place, index in enumerate(order):
         low, high = wilson(int(hits[index]), int(totals[index]))
         axes.barh(place, shares[index], color=SKY, height=0.7)
         axes.plot([low, high], [place, place], color="black", lw=1.2)
         axes.text(1.01, place, f"{shares[index]:.1%} of {totals[index]:,}", va="center", fontsize=9)
-    axes.set_yticks(range(len(order)), [_plain(class_names[index]) for index in order])
+    axes.set_yticks(range(len(order)), [_name(class_names[index]) for index in order])
     axes.set_xlim(0, 1)
+    axes.set_ylim(-0.8, len(order) - 0.2)
     axes.grid(False, axis="y")
     _percent(axes.xaxis)
-    _title(figure, title, f"mean over classes {shares[order].mean():.1%}; line: 95% interval")
+    part = f"the {len(order)} worst of {len(scored):,} classes; " if len(order) < len(scored) else ""
+    _title(figure, title, f"{part}mean over classes {shares[scored].mean():.1%}; line: 95% interval")
     return _save(figure, path)
 
 
+@styled
 def reliability(
     path: Path, count: np.ndarray, confidence: np.ndarray, share: np.ndarray, *, title: str, error: float
 ) -> Figure:
@@ -216,6 +235,7 @@ def reliability(
     return _save(figure, path)
 
 
+@styled
 def sample_sheet(
     path: Path, images: np.ndarray, titles: Sequence[str] | None = None, *, columns: int = 8, heading: str
 ) -> Figure:
@@ -237,7 +257,7 @@ def sample_sheet(
         sheet[top : top + size, left : left + size] = image.transpose(1, 2, 0)
         if titles:
             place = (left + size / 2, top + size + gap / 4)
-            axes.text(*place, _plain(titles[index]), ha="center", va="top", fontsize=8)
+            axes.text(*place, plain(titles[index]), ha="center", va="top", fontsize=8)
     axes.imshow(sheet, interpolation="bilinear")
     axes.set_axis_off()
     _title(figure, heading)
@@ -255,13 +275,13 @@ def _canvas(x_label: str, y_label: str, height: float = 4.5) -> tuple[Figure, Ax
     return figure, axes
 
 
-def _plain(text: str) -> str:
-    """Names of files and classes are no formulas, whatever dollar signs are in them."""
-    return text.replace("$", r"\$")
+def _name(name: str, columns: int = 30) -> str:
+    """The name of a class or run as it is drawn: on one line, and shortened to so many columns."""
+    return plain(shortened(printable(name), columns))
 
 
 def _title(figure: Figure, title: str, facts: str = "") -> None:
-    figure.suptitle(_plain(f"{title}\n{facts}" if facts else title), fontsize=10.5, x=0.01, ha="left")
+    figure.suptitle(plain(f"{title}\n{facts}" if facts else title), fontsize=10.5, x=0.01, ha="left")
 
 
 def _column(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -322,6 +342,4 @@ def _name_stage(axes: Axes, name: str, start: float, end: float, first: bool, la
 
 
 def _save(figure: Figure, path: Path) -> Figure:
-    with atomic_write(Path(path)) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
-    return figure
+    return canvas.save(figure, path)

@@ -15,6 +15,8 @@ from harness.text import table
 from model import PARAMETER_BUDGET, count_parameters
 
 MISTAKES = 32  # on the sheet
+CLASSES_LISTED = 20  # on the terminal
+REPORT = "report.json"
 PICTURES = ("confusion.png", "per_class.png", "mistakes.png", "reliability.png", "sizes.png")
 Entry = dict[str, Any]
 
@@ -114,8 +116,9 @@ def text(*sides: Sequence[Entry]) -> str:
     if len(entries) == 1:
         result = entries[0]["results"][entries[0]["shown"]]
         classes = sorted((share, name) for name, share in result["per_class"].items() if share is not None)
-        listed = ", ".join(f"{name} {share:.1%}" for share, name in classes)
-        lines.append(f"by class at {result['size']} px, worst first: {listed}")
+        listed = ", ".join(f"{name} {share:.1%}" for share, name in classes[:CLASSES_LISTED])
+        more = f" … ({len(classes)} in {REPORT})" if len(classes) > CLASSES_LISTED else ""
+        lines.append(f"by class at {result['size']} px, worst first: {listed}{more}")
     for row in (row for side in sides if len(side) > 1 for row in over_networks(side)):
         lines.append(
             f"accuracy {row['mean']:.1%} ± {row['standard_deviation']:.1%} at {row['size']} px "
@@ -201,10 +204,13 @@ def shared(values: Sequence[Any]) -> Any:
     return values[0] if len(set(values)) == 1 else list(values)
 
 
-def clear_pictures(folder: Path) -> None:
-    """Remove the pictures of an earlier evaluation: this one may draw fewer."""
-    for picture in PICTURES:
-        (folder / picture).unlink(missing_ok=True)
+def pictures(entry: Entry) -> list[str]:
+    """Those of PICTURES that `draw` writes for an entry."""
+    absent = {
+        "sizes.png": len(entry["results"]) == 1,
+        "mistakes.png": entry["results"][entry["shown"]]["accuracy"] == 1,
+    }
+    return [name for name in PICTURES if not absent.get(name)]
 
 
 def draw(folder: Path, entry: Entry, classes: Sequence[str], images: Tensor, labels: Tensor, scores: Tensor) -> None:

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from augment import EpochDraws, denormalise, make_batch
-from harness import checkpoint, files, plots
+from harness import checkpoint, files, ownership, plots
 from harness.cli import Runtime
 from harness.errors import RunError
 from harness.machine import Machine
 from harness.metrics import wilson
-from harness.tensorboard_log import EVENT_FILES, TensorBoardLog
+from harness.tensorboard_log import TensorBoardLog
 from harness.text import duration
 from model import count_parameters
 from recipes import Recipe, old_rules
@@ -33,7 +33,7 @@ from scheduler import restart_epochs
 COLUMNS = (
     "stage",
     "epoch",
-    "lr",
+    "lr",  # of the epoch's first step: with a warm-up 0 in the first epoch
     "train_loss",
     "train_accuracy",
     "val_loss",
@@ -43,10 +43,6 @@ COLUMNS = (
 )
 SECONDS_BETWEEN_PLOTS = 60.0
 ON_SHEET = 32  # views
-PLOTS = ("accuracy.png", "losses.png", "learning_rate.png", "views-stage*.png")
-# in the order of removal: a kill in the middle leaves a whole run or none
-CHECKPOINTS = ("previous.pt", "last.pt", "best.pt", "stage*.pt")
-OWN_FILES = (*CHECKPOINTS, "metrics.csv", "summary.json", "config.json", *PLOTS, EVENT_FILES)
 
 
 class RunFolder:
@@ -81,13 +77,12 @@ class RunFolder:
         """Take up the state in the folder and return it, or None if there is none or it is to be overwritten.
 
         A run that an older version began keeps the rules of that version: `recipe` has them from here on.
-        Raises RunError if the state is unusable, or of a run with other settings or images.
+        Raises RunError if the state is unusable, or of a run with other settings or images, and where the folder holds
+        files that a run would replace without the state that they belong to.
         """
         self._tensorboard = TensorBoardLog(self.folder) if tensorboard and self.machine.leads else None
-        if self.machine.leads:
-            self._remove(f".{name}.tmp" for name in OWN_FILES)  # of a killed run; nobody else writes here now
-            if overwrite:
-                self._remove(OWN_FILES)
+        if self.machine.leads and (overwrite or ownership.overwriting(self.folder)):
+            ownership.remove_run(self.folder)
         try:
             state, warning = checkpoint.resume(self.folder)
         except checkpoint.Damaged as error:
@@ -101,17 +96,17 @@ class RunFolder:
                 self.rows = list(state["rows"])
             except checkpoint.MISMATCH_ERRORS as error:
                 raise RunError(f"{self.folder / 'last.pt'} is no state of a run; --overwrite starts anew") from error
+        elif self.machine.leads:
+            ownership.require_no_other(self.folder)
+        if self.machine.leads:
+            files.remove_leftovers(self.folder, ownership.RUN_FILES)  # of a killed run; no other writes here now
+        if state is not None:
             state["recipe"] = self.recipe.as_dict()  # the same settings, under their present names
             self._write_derived(state)
             was, now = state.get("precision"), self.machine.as_dict()["precision"]
             if was not in (None, now) and self.epochs_done < self.recipe.epochs:
                 self.machine.note(f"the run has been trained in {was} so far, and goes on in {now}")
         return state
-
-    def _remove(self, patterns: Iterable[str]) -> None:
-        for pattern in patterns:
-            for path in self.folder.glob(pattern):
-                path.unlink()
 
     def _keep_old_rules(self, state: dict[str, Any]) -> None:
         """Change the recipe where the state is older than a setting and has followed another rule than its default."""
@@ -342,10 +337,10 @@ def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A setting as JSON has it."""
+    """A setting as JSON has it; paths are whole, so that the run's images are found from anywhere."""
     if isinstance(value, tuple):
         return [_plain(each) for each in value]
-    return str(value) if isinstance(value, Path) else value
+    return str(value.absolute()) if isinstance(value, Path) else value
 
 
 def _listed(settings: Mapping[str, Any]) -> str:

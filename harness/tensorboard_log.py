@@ -6,17 +6,22 @@ from typing import Any
 
 from harness.errors import RunError, reason
 
-EVENT_FILES = "events.out.tfevents.*"
+SUFFIX = ".metrics"  # by which a run knows its own files among those of others
+EVENT_FILES = f"events.out.tfevents.*{SUFFIX}"
 
 
 class TensorBoardLog:
-    """Writes rows as scalars over the epoch. Raises RunError where the package is missing."""
+    """Writes rows as scalars over the epoch. Raises RunError where the package is missing or cannot name the folder."""
 
     def __init__(self, folder: Path) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise RunError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
+        try:
+            str(folder).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RunError(f"{folder} is a name that TensorBoard cannot write: choose another with --out") from error
         self._folder, self._open, self._written = folder, SummaryWriter, 0
         self._writer: SummaryWriter | None = None
 
@@ -26,7 +31,7 @@ class TensorBoardLog:
             if self._writer is None:
                 for old in self._folder.glob(EVENT_FILES):
                     old.unlink()
-                self._writer = self._open(str(self._folder))
+                self._writer = self._open(str(self._folder), filename_suffix=SUFFIX)
             for row in rows[self._written :]:
                 for name in row.keys() - {"stage", "epoch"}:
                     if row[name] is not None:

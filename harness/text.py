@@ -10,10 +10,11 @@ def printable(name: Path | str) -> str:
 
     Python holds such bytes as lone surrogates, which can be neither printed nor written.
     """
-    return "".join(c if c.isprintable() else _escape(c) for c in str(name))
+    return "".join(c if c.isprintable() else escape(c) for c in str(name))
 
 
-def _escape(character: str) -> str:
+def escape(character: str) -> str:
+    """What stands for a character: of a byte that is no UTF-8 its number, as in \\xe9, else Python's escape."""
     if "\udc80" <= character <= "\udcff":
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode()
@@ -21,7 +22,7 @@ def _escape(character: str) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lines of aligned columns, the first to the left and the others to the right, two spaces apart."""
-    lines = [header, *rows]
+    lines = [[printable(cell) for cell in line] for line in (header, *rows)]
     widths = [max(width(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
         "  ".join(
@@ -35,6 +36,16 @@ def width(text: str) -> int:
     """Columns of a terminal that a text takes: two a character of East Asia, none an accent that joins another."""
     kinds = ((unicodedata.category(c), unicodedata.east_asian_width(c)) for c in text)
     return sum(0 if category in ("Mn", "Me") else 2 if east_asian in "WF" else 1 for category, east_asian in kinds)
+
+
+def shortened(text: str, columns: int) -> str:
+    """The text, or its beginning with an ellipsis, that takes at most so many columns."""
+    if width(text) <= columns:
+        return text
+    kept = text
+    while width(kept) >= columns:
+        kept = kept[:-1]
+    return kept + "…"
 
 
 def _fill(cell: str, columns: int) -> str:

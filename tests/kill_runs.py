@@ -11,6 +11,7 @@ import argparse
 import itertools
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,11 @@ from run_contents import differences
 from harness import checkpoint
 
 # kills at every step of every write
+
+
+def _name(path: Path) -> str:
+    """A file's name, without what makes a temporary file's unique."""
+    return re.sub(r"\.[0-9a-f]{8}\.tmp$", ".tmp", path.name)
 
 
 class Points:
@@ -50,7 +56,7 @@ class Points:
             paths = [arg for arg in args if isinstance(arg, Path)]
             missing = what == "removing" and not paths[0].exists()
             result = original(*args, **kwargs)
-            what_and_where = " ".join([what, *(path.name for path in paths)])
+            what_and_where = " ".join([what, *map(_name, paths)])
             if what == "writing":
                 self._halve(paths[0], f"half-way of {what_and_where}")
             if not missing:
@@ -160,7 +166,7 @@ def _phase(out: Path) -> str:
     """What a killed run was about."""
     if not (out / "config.json").exists():
         return "start-up"
-    writing = sorted(path.name for path in out.glob(".*.tmp"))
+    writing = sorted(map(_name, out.glob(".*.tmp")))
     if writing:
         return f"writing {writing[0]}"
     state, _ = checkpoint.resume(out)

@@ -91,7 +91,7 @@ def test_other_val_images_are_told(tmp_path, capsys, change, told):
 
 
 @pytest.mark.parametrize(
-    "file, content", [("config.json", None), ("metrics.csv", None), ("config.json", "{}"), ("config.json", "{"),
+    "file, content", [("config.json", None), ("config.json", "{}"), ("config.json", "{"),
                       ("metrics.csv", "stage,epoch\n1,1\n"), ("metrics.csv", "\x00\xff")],
 )  # fmt: skip
 def test_what_is_no_run_is_one_line(tmp_path, capsys, file, content):

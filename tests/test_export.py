@@ -141,7 +141,8 @@ def test_half_precision_weights_are_a_checkpoint_of_half_the_size(tmp_path: Path
 
 
 def test_file_that_disagrees_is_not_written(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "model.pt").write_text("an older file")
+    assert export.main([str(run), "--out", str(tmp_path), "--format", "weights"]) == 0
+    older = (tmp_path / "model.pt").read_bytes()
     form = export.FORMATS["weights"]
 
     def read_wrongly(path: Path) -> export.Classify:
@@ -151,7 +152,7 @@ def test_file_that_disagrees_is_not_written(run: Path, tmp_path: Path, monkeypat
     monkeypatch.setitem(export.FORMATS, "weights", form._replace(read=read_wrongly))
     with pytest.raises(RunError, match="was not written, as it does not agree with the network: largest difference"):
         export.main([str(run), "--out", str(tmp_path), "--format", "weights"])
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("model.pt", "an older file")]
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("model.pt", older)]
 
 
 def test_missing_packages_are_named_before_anything_is_written(
@@ -169,7 +170,7 @@ def test_torch_is_the_format_and_the_last_epoch_the_network_by_default(
 ) -> None:
     written = []
     form = export.FORMATS["torch"]._replace(
-        write=lambda trained, path: written.append(trained.file.name) or path.touch(),
+        write=lambda trained, path: written.append(trained.file.name) or path.write_text(export.INPUT),
         read=lambda path: export.Classifier(checkpoint.load_network(tiny_run, best=len(written) > 1).model),
     )
     monkeypatch.setitem(export.FORMATS, "torch", form)

@@ -269,7 +269,7 @@ def test_training_on_a_folder_keeps_its_classes_and_refuses_other_images(
     assert config["images"] == {"train": 30, "val": 12, "digest": picture_folder.load(images, 40)[0].digest}
     trained = checkpoint.load_network(run)
     assert trained.classes == ("apple", "leaf", "sky") and trained.model.fc.out_features == 3
-    assert recorded_source(run) == recorded_source(run / "best.pt") == (Path("data"), Path("pictures"))
+    assert recorded_source(run) == recorded_source(run / "best.pt") == (Path("data"), images)
     found, training, val = load_for_network(trained, recorded_source(run), fetch=False)
     assert found.images.shape == (42, 3, 40, 40) and (len(training), len(val)) == (30, 12)
     assert train.main(command) == 0 and "this run is finished" in capsys.readouterr().out

@@ -1,0 +1,499 @@
+"""Where outputs go: plain files, links, devices and pipes; beside other processes; under names of any kind."""
+
+import csv
+import errno
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import compare
+import evaluate
+import export
+import predict
+import train
+from harness import canvas, errors, files, plots, text
+from harness.errors import RunError
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = os.fsdecode(b"caf\xe9")
+
+
+def write(path: Path, content: str = "new") -> None:
+    files.write_text(path, content)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "in" / "a.png"
+    path.parent.mkdir()
+    Image.fromarray(np.full((40, 40, 3), 90, np.uint8)).save(path)
+    return path
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# plain files and links
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o644, 0o755, 0o664])
+def test_a_replaced_file_keeps_its_mode(mode: int, tmp_path: Path) -> None:
+    path = tmp_path / "out.csv"
+    path.write_text("old")
+    path.chmod(mode)
+    write(path)
+    assert path.read_text() == "new" and stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def test_a_new_file_has_the_mode_that_open_gives(tmp_path: Path) -> None:
+    (tmp_path / "by open").touch()
+    write(tmp_path / "by us")
+    assert (tmp_path / "by us").stat().st_mode == (tmp_path / "by open").stat().st_mode
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="to give files away takes root")
+def test_a_replaced_file_keeps_its_owner(tmp_path: Path) -> None:
+    path = tmp_path / "out.csv"
+    path.touch()
+    os.chown(path, 12345, 23456)
+    write(path)
+    assert (path.stat().st_uid, path.stat().st_gid) == (12345, 23456) and path.read_text() == "new"
+
+
+def test_of_a_link_the_target_is_replaced(tmp_path: Path) -> None:
+    target, link, second = tmp_path / "deep" / "target.csv", tmp_path / "link", tmp_path / "second"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    second.symlink_to("link")
+    write(link, "made through a link that led nowhere yet")
+    assert target.read_text().startswith("made")
+    target.chmod(0o600)
+    write(second)
+    assert link.is_symlink() and second.is_symlink() and target.read_text() == "new"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600 and names(target.parent) == ["target.csv"]
+
+
+def test_a_link_in_a_circle_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "a")
+    with pytest.raises(RunError, match=f"cannot write {tmp_path}/a: "):
+        write(tmp_path / "a")
+    assert (tmp_path / "a").is_symlink()
+
+
+def test_a_file_that_is_kept_takes_a_link_along(tmp_path: Path) -> None:
+    """A commit renames last.pt to previous.pt: if it was a link, the link becomes previous.pt and nothing is lost."""
+    (tmp_path / "big").write_text("old")
+    (tmp_path / "last.pt").symlink_to(tmp_path / "big")
+    with files.atomic_write(tmp_path / "last.pt", keep=tmp_path / "previous.pt") as temporary:
+        temporary.write_text("new")
+    assert ((tmp_path / "last.pt").read_text(), (tmp_path / "previous.pt").read_text()) == ("new", "old")
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "目" * 85, "%s.csv", "-", "a b", NAME])
+def test_any_name_that_the_system_takes(name: str, tmp_path: Path) -> None:
+    write(tmp_path / name)
+    assert (tmp_path / name).read_text() == "new" and len(names(tmp_path)) == 1
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "out.csv"
+    write(path, "old")
+    with pytest.raises(ZeroDivisionError), files.atomic_write(path) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "old" and names(tmp_path) == ["out.csv"]
+
+
+# what is no plain file
+
+
+def test_a_pipe_gets_the_content_and_stays(tmp_path: Path) -> None:
+    path, got = tmp_path / "pipe", []
+    os.mkfifo(path)
+    reader = threading.Thread(target=lambda: got.append(path.read_text()))
+    reader.start()
+    write(path, "x" * 200_000)
+    reader.join(timeout=30)
+    assert got == ["x" * 200_000] and stat.S_ISFIFO(path.stat().st_mode) and names(tmp_path) == ["pipe"]
+
+
+def test_devices_are_written_into() -> None:
+    before = os.stat("/dev/null").st_ino
+    write(Path("/dev/null"))
+    assert os.stat("/dev/null").st_ino == before and stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    with pytest.raises(RunError, match="cannot write /dev/full: No space left on device; make room"):
+        write(Path("/dev/full"))
+
+
+def test_a_link_to_a_device_stays(tmp_path: Path) -> None:
+    (tmp_path / "nothing").symlink_to("/dev/null")
+    write(tmp_path / "nothing")
+    assert os.readlink(tmp_path / "nothing") == "/dev/null" and names(tmp_path) == ["nothing"]
+
+
+def test_a_folder_in_the_place_of_a_file_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="cannot write .*: Is a directory"):
+        write(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "file", "link"])
+@pytest.mark.parametrize("to", ["file", "pipe"])
+def test_own_output_is_written_behind_what_is_printed(path: str, to: str, tmp_path: Path) -> None:
+    """Also where it is a plain file that the shell has opened, under its own name or by a link."""
+    (tmp_path / "link").symlink_to("/dev/stdout")
+    code = "import sys; from pathlib import Path; from harness.files import write_text\n"
+    code += f"print('printed'); write_text(Path({path!r}), 'written\\n'); print('after')"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    if path == "file" and to == "pipe":
+        pytest.skip("that is an ordinary file")
+    with open(tmp_path / "file", "w") as file:
+        output = file if to == "file" else subprocess.PIPE
+        command = [sys.executable, "-c", code]
+        result = subprocess.run(command, cwd=tmp_path, env=environment, stdout=output, text=True, check=True)
+    said = (tmp_path / "file").read_text() if to == "file" else result.stdout
+    assert said == "printed\nwritten\nafter\n" and names(tmp_path) == ["file", "link"]
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Path:
+    """A file that is mounted alone, as containers have them."""
+    (tmp_path / "source").write_text("old")
+    (tmp_path / "mounted").touch()
+    command = ["mount", "--bind", str(tmp_path / "source"), str(tmp_path / "mounted")]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    yield tmp_path / "mounted"
+    subprocess.run(["umount", str(tmp_path / "mounted")], check=True)
+
+
+def test_a_mounted_file_is_written_into(mounted: Path) -> None:
+    write(mounted)
+    assert mounted.read_text() == (mounted.parent / "source").read_text() == "new"
+    assert names(mounted.parent) == ["mounted", "source"]
+
+
+def test_a_file_in_a_folder_that_takes_no_others_is_written_into(tmp_path: Path, monkeypatch) -> None:
+    """Tested as another user where this one is root, whom no mode holds back."""
+    path = tmp_path / "fixed" / "out.csv"
+    path.parent.mkdir()
+    path.write_text("an older and longer text")
+    path.chmod(0o666)
+    for folder in tmp_path.parents[:2]:
+        folder.chmod(folder.stat().st_mode | 0o055)
+    tmp_path.chmod(0o755)
+    path.parent.chmod(0o555)
+    code = (
+        "import os; from pathlib import Path; from harness.files import write_text\nos.getuid() or os.setuid(65534)\n"
+    )
+    code += f"write_text(Path({str(path)!r}), 'new')"
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    assert path.read_text() == "new" and names(path.parent) == ["out.csv"]
+    path.parent.chmod(0o755)
+
+
+# beside other processes
+
+
+def test_many_writers_of_one_file_leave_one_whole_content(tmp_path: Path) -> None:
+    path, contents = tmp_path / "out.csv", [str(n) * 50_000 for n in range(10)]
+    with ThreadPoolExecutor(10) as pool:
+        list(pool.map(lambda content: write(path, content), contents * 5))
+    assert path.read_text() in contents and names(tmp_path) == ["out.csv"]
+
+
+def test_leftovers_of_killed_writers_go_with_time_and_others_stay(tmp_path: Path) -> None:
+    old, young, foreign = (tmp_path / name for name in (".out.csv.0123abcd.tmp", ".out.csv.0123abce.tmp", ".x.csv.tmp"))
+    for path in (old, young, foreign):
+        path.touch()
+    hour_ago = time.time() - files.STALE - 60
+    os.utime(old, (hour_ago, hour_ago))
+    os.utime(foreign, (hour_ago, hour_ago))
+    write(tmp_path / "out.csv")
+    assert names(tmp_path) == sorted([young.name, foreign.name, "out.csv"])
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_room_is_asked_for_where_there_is_none(number: int, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="make room or choose another folder"), files.atomic_write(tmp_path / "a"):
+        raise OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOENT, errno.EIO])
+def test_and_not_elsewhere(number: int, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=f"{os.strerror(number)}; choose another folder"):
+        with files.atomic_write(tmp_path / "a"):
+            raise OSError(number, os.strerror(number))
+
+
+# commands and their outputs
+
+
+def test_predict_writes_through_links_and_keeps_the_table(tiny_run, picture, tmp_path, capsys) -> None:
+    (tmp_path / "link.csv").symlink_to(tmp_path / "table.csv")
+    flags = ["--csv", tmp_path / "link.csv", "--json", "/dev/null"]
+    assert predict.main([str(word) for word in (tiny_run, picture, *flags)]) == 0
+    rows = list(csv.reader((tmp_path / "table.csv").open()))
+    assert (tmp_path / "link.csv").is_symlink() and rows[1][0] == str(picture)
+    assert rows[1][1] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["csv", "json"])
+def test_a_disk_that_is_full_does_not_cost_the_table(flag: str, tiny_run, picture, capsys) -> None:
+    with pytest.raises(RunError, match="cannot write /dev/full"):
+        predict.main([str(tiny_run), str(picture), f"--{flag}", "/dev/full"])
+    assert str(picture) in capsys.readouterr().out
+
+
+class Closed:
+    """A terminal that takes nothing."""
+
+    encoding = "utf-8"
+
+    def write(self, _: str) -> int:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    def flush(self) -> None:
+        pass
+
+
+def test_a_table_that_cannot_be_printed_costs_no_file(tiny_run, picture, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdout", Closed())
+    with pytest.raises(BrokenPipeError):
+        predict.main(
+            [str(tiny_run), str(picture), "--csv", str(tmp_path / "t.csv"), "--json", str(tmp_path / "t.json")]
+        )
+    assert str(picture) in (tmp_path / "t.csv").read_text() and (tmp_path / "t.json").exists()
+
+
+def test_nor_an_evaluation(tiny_run, small_demo, empty_plots, tmp_path, monkeypatch) -> None:
+    printed = print
+    monkeypatch.setattr(evaluate.report, "text", lambda *_: sys.stdout.write("") or printed(file=Closed()))
+    with pytest.raises(BrokenPipeError):
+        evaluate.main([str(tiny_run), "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "report.json").exists() and (tmp_path / "out" / "confusion.png").exists()
+
+
+def status_2(main, capsys: pytest.CaptureFixture, *words: object) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in words])
+    assert stop.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("flag", ["csv", "json", "sheet"])
+def test_no_output_replaces_what_is_read(flag: str, tiny_run, picture, tmp_path, capsys) -> None:
+    link = tmp_path / "link.png"
+    link.symlink_to(picture)
+    for path in (picture, link):
+        assert f"--{flag} {path}" in status_2(predict.main, capsys, tiny_run, picture.parent, f"--{flag}", path)
+    if flag != "sheet":
+        status_2(predict.main, capsys, tiny_run / "last.pt", picture, f"--{flag}", tiny_run / "last.pt")
+
+
+def test_no_output_replaces_another(tiny_run, picture, tmp_path, capsys) -> None:
+    status_2(predict.main, capsys, tiny_run, picture, "--csv", tmp_path / "t", "--json", tmp_path / "in" / ".." / "t")
+
+
+@pytest.mark.parametrize("name", ["x.pdf", "x", "png", "x.png.jpg", ".png"])
+def test_plots_are_png_files_by_name(name: str, tiny_run, picture, tmp_path, capsys) -> None:
+    assert "should end in .png" in status_2(compare.main, capsys, tiny_run, "--out", tmp_path / name)
+    assert "should end in .png" in status_2(predict.main, capsys, tiny_run, picture, "--sheet", tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [
+        (train.main, ["--out"]),
+        (train.main, ["--images"]),
+        (train.main, ["--data-dir"]),
+        (evaluate.main, ["run", "--out"]),
+        (evaluate.main, []),
+        (predict.main, ["run", "a.png", "--csv"]),
+        (predict.main, ["run"]),
+        (export.main, ["run", "--out"]),
+        (compare.main, ["run", "--out"]),
+    ],
+)
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_path_is_a_wrong_flag_and_not_the_current_folder(main, words, empty, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "a path is expected" in status_2(main, capsys, *words, empty)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("device", ["nosuch", "gpu", "", "mps", "cuda:", "cuda:x", "cuda:-1", "cpu:7", "CPU"])
+def test_a_device_that_cannot_be_is_a_wrong_flag(device: str, tiny_run, picture, capsys) -> None:
+    for main, words in ((train.main, ["--demo"]), (predict.main, [tiny_run, picture]), (evaluate.main, [tiny_run])):
+        assert "--device is cpu, cuda" in status_2(main, capsys, *words, f"--device={device}")
+
+
+# names that are not UTF-8
+
+
+def test_names_that_are_not_utf_8_go_the_whole_way(tiny_run, picture, tmp_path, monkeypatch, capsys) -> None:
+    run, odd = tmp_path / NAME, tmp_path / f"{NAME}.png"
+    shutil.copytree(tiny_run, run)
+    picture.rename(odd)
+    flags = [
+        "--csv",
+        tmp_path / f"{NAME}.csv",
+        "--json",
+        tmp_path / f"{NAME}.json",
+        "--sheet",
+        tmp_path / f"s{NAME}.png",
+    ]
+    assert errors.report(lambda: predict.main([str(word) for word in (run, odd, *flags)])) == 0
+    assert r"caf\xe9.png" in capsys.readouterr().out
+    assert r"caf\xe9.png" in (tmp_path / f"{NAME}.csv").read_text(encoding="utf-8")
+    assert errors.report(lambda: compare.main([str(run), "--out", str(tmp_path / f"c{NAME}.png")])) == 0
+    assert r"caf\xe9" in capsys.readouterr().out
+    for name in (f"s{NAME}.png", f"c{NAME}.png"):
+        assert canvas.drawn_here(tmp_path / name)
+
+
+def test_onnx_under_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    helper = pytest.importorskip("onnx").helper
+    pytest.importorskip("onnxruntime")
+    ends = [helper.make_tensor_value_info(name, 1, ["n"]) for name in ("pixels", "logits")]
+    graph = helper.make_graph([helper.make_node("Neg", ["pixels"], ["logits"])], "g", ends[:1], ends[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    (tmp_path / NAME).write_bytes(model.SerializeToString())
+    assert export.FORMATS["onnx"].read(tmp_path / NAME)(torch.ones(3)).tolist() == [-1, -1, -1]
+
+
+def test_tensorboard_says_that_it_cannot(tmp_path, small_demo, capsys) -> None:
+    pytest.importorskip("tensorboard")
+    flags = ["--demo", "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / NAME), "--tensorboard"]
+    with pytest.raises(RunError, match="a name that TensorBoard cannot write"):
+        train.main(flags)
+
+
+def test_text_files_take_any_name(tmp_path: Path) -> None:
+    write(tmp_path / "t", f"{NAME} 目")
+    assert (tmp_path / "t").read_text(encoding="utf-8") == r"caf\udce9 目"
+
+
+# plots of other people's classes and runs
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(canvas, "_noted", set())
+    return lambda: capsys.readouterr().err
+
+
+def test_letters_that_no_font_has_are_named_once(tmp_path: Path, said) -> None:
+    strange = "\U00010fff\U0001107f"  # not assigned to any script
+    for _ in range(2):
+        plots.per_class(tmp_path / "p.png", np.eye(2, dtype=int), [strange[0], strange[1]], title="t")
+    words = said()
+    assert words.count("note: no font here has the letters") <= 1 and words.count("\n") <= 1
+    assert "Warning" not in words and "plots.py" not in words
+
+
+def test_classes_of_any_name_are_drawn(tmp_path: Path, said) -> None:
+    odd = ["猫", "a$b$c", "$$", NAME, "line\nbreak", "x" * 300, "\x1b[31m", " ", "👍", "ไทย"]
+    plots.per_class(tmp_path / "p.png", np.eye(10, dtype=int), odd, title="".join(odd))
+    figure = plots.confusion(tmp_path / "c.png", np.eye(10, dtype=int), odd, title=odd[0])
+    shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert shown[1:7] == [r"a\$b\$c", r"\$\$", r"caf\xe9", r"line\nbreak", "x" * 29 + "…", r"\x1b[31m"]
+    plots.sample_sheet(tmp_path / "s.png", np.zeros((10, 3, 32, 32), np.uint8), odd, heading=odd[3])
+    plots.comparison(tmp_path / "r.png", {name: [{"epoch": 1, "val_accuracy": 0.5}] for name in odd}, title=odd[4])
+    assert all(canvas.drawn_here(path) for path in tmp_path.iterdir())
+    assert "Warning" not in said()
+
+
+def test_1400_classes(tmp_path: Path) -> None:
+    matrix = np.diag(np.arange(1, 1401))
+    matrix[np.arange(1400), (np.arange(1400) + 1) % 1400] = 1  # class n: n + 1 of n + 2 right
+    classes = [f"class {n}" for n in range(1400)]
+    figure = plots.per_class(tmp_path / "p.png", matrix, classes, title="t")
+    shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert shown == [f"class {n}" for n in range(59, -1, -1)]  # the worst is the uppermost
+    said = figure.get_suptitle()
+    mean = np.mean([(n + 1) / (n + 2) for n in range(1400)])
+    assert "the 60 worst of 1,400 classes" in said and f"mean over classes {mean:.1%}" in said
+    plots.confusion(tmp_path / "c.png", matrix, classes, title="t")
+    for path in tmp_path.iterdir():
+        with Image.open(path) as picture:
+            assert max(picture.size) < 4000
+
+
+def test_of_many_runs_the_best_are_named(tmp_path: Path) -> None:
+    runs = {f"run {n}": [{"epoch": 1, "val_accuracy": n / 100}] for n in range(90)}
+    figure = plots.comparison(tmp_path / "c.png", runs, title="t")
+    legend = [words.get_text() for words in figure.axes[0].get_legend().get_texts()]
+    assert [words.split(":")[0] for words in legend] == [*(f"run {n}" for n in range(74, 90)), "74 others"]
+
+
+def draw(path: Path) -> bytes:
+    rows = [{"epoch": n, "stage": 1, "train_loss": 1 / n, "val_loss": 1 / n} for n in range(1, 5)]
+    plots.losses(path, rows, title="t")
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"text.usetex": True, "savefig.format": "pdf", "figure.facecolor": "black"},
+        {"savefig.bbox": "tight", "font.family": "fantasy", "axes.grid": True, "savefig.dpi": 10},
+        {"axes.spines.left": False, "lines.linestyle": ":", "figure.constrained_layout.use": False, "font.size": 4},
+    ],
+)
+def test_plots_do_not_depend_on_the_users_settings(settings: dict, tmp_path: Path) -> None:
+    import matplotlib
+
+    expected = draw(tmp_path / "a.png")
+    with matplotlib.rc_context(settings):
+        before = dict(matplotlib.rcParams)
+        assert draw(tmp_path / "b.png") == expected
+        assert dict(matplotlib.rcParams) == before
+
+
+def test_no_matplotlibrc_hinders_a_command(tmp_path: Path) -> None:
+    (tmp_path / "matplotlibrc").write_bytes(b"nosuch.key: 1\naxes.grid: caf\xe9")
+    code = "from harness.errors import before_imports; before_imports()\nfrom harness import plots; import sys\n"
+    code += f"plots.losses({str(tmp_path / 'p.png')!r}, [], title='t'); assert 'matplotlib.pyplot' not in sys.modules"
+    environment = os.environ | {"MATPLOTLIBRC": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert canvas.drawn_here(tmp_path / "p.png")
+
+
+def test_pyplots_backend_is_left_alone() -> None:
+    """In a notebook matplotlib runs already when this is imported, and the user may have changed its backend since."""
+    code = "import matplotlib; matplotlib.use('agg'); import matplotlib.pyplot as plt; plt.figure()\n"
+    code += "from harness import plots; assert matplotlib.rcParams['backend'] == 'agg' and plt.get_fignums() == [1]"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "svg"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_long_tables_of_classes_end_on_the_terminal() -> None:
+    shares = {f"class {n}": n / 100 for n in range(100)}
+    result = {"size": 32, "tta": "none", "accuracy": 0.5, "interval_95": [0, 1], "loss": 1.0, "calibration_error": 0.1}
+    entry = {"name": "n", "members": [1], "notes": [], "shown": 0, "results": [result | {"per_class": shares}]}
+    said = evaluate.report.text([entry])
+    assert "class 19 19.0% … (100 in report.json)" in said and "class 20" not in said
+
+
+def test_names_are_shortened_by_what_they_take() -> None:
+    assert text.shortened("cat", 3) == "cat" and text.shortened("cats", 3) == "ca…"
+    assert text.shortened("猫" * 4, 8) == "猫" * 4 and text.shortened("猫" * 5, 8) == "猫" * 3 + "…"
+
+
+def test_the_exit_status_tells_what_could_not_be_written(tiny_run, picture, capfd) -> None:
+    command = lambda: predict.main([str(tiny_run), str(picture), "--csv", "/dev/full"])  # noqa: E731
+    assert errors.report(command) == 1
+    assert capfd.readouterr().err.startswith("error: cannot write /dev/full: No space left on device")
