@@ -5,6 +5,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import signal
 import sys
 import traceback
@@ -13,14 +14,11 @@ from types import TracebackType
 
 from harness.text import escape, printable
 
-MEMORY_WORDS = (  # of PyTorch's allocators on CPU and CUDA, cuBLAS, cuDNN, C++ and the dynamic linker
-    "can't allocate memory",
-    "cannot allocate memory",
-    "not enough memory",
-    "out of memory",
-    "alloc_failed",
-    "bad_alloc",
-    "failed to map segment",
+# what PyTorch's allocators on CPU and CUDA, cuBLAS, cuDNN, oneDNN, C++ and the dynamic linker say
+NO_MEMORY = re.compile(
+    r"can'?t allocate memory|cannot allocate memory|not enough memory|out of memory|alloc_failed|bad_alloc"
+    r"|failed to map segment|could not (create|execute) a primitive$",
+    re.IGNORECASE,
 )
 
 
@@ -34,15 +32,25 @@ def reason(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that the computer or its GPU has no memory left.
+    """Whether an exception, or one in whose handling it was raised, says that the computer or its GPU lacks memory.
 
-    PyTorch raises a plain RuntimeError for the former, which only its words tell from others.
+    PyTorch raises a plain RuntimeError for the former, which only its words tell from others. A RunError says itself
+    what is wrong.
     """
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
-        return True
-    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        return True
-    return isinstance(error, RuntimeError | ImportError) and any(word in str(error).lower() for word in MEMORY_WORDS)
+    return _lack_of_memory(error) is not None
+
+
+def _lack_of_memory(error: BaseException | None) -> BaseException | None:
+    """The exception itself or that behind it which is about memory."""
+    while error is not None and not isinstance(error, RunError):
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, not imported here
+            return error
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            return error
+        if isinstance(error, RuntimeError | ImportError) and NO_MEMORY.search(str(error)):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 @contextlib.contextmanager
@@ -145,7 +153,8 @@ def _interrupts_raised() -> Iterator[None]:
 
 
 def _no_memory(error: BaseException) -> str:
-    return f"there is not enough memory ({reason(error)}); end other programs, or use a machine that has more"
+    words = re.sub(r"^\[enforce fail[^]]*] [^.]*\. ", "", reason(_lack_of_memory(error)))  # a place in its source
+    return f"there is not enough memory ({words}); end other programs, or use a machine that has more"
 
 
 def _cause(error: OSError) -> str:

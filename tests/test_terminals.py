@@ -1,18 +1,24 @@
 """What a command meets before and beside its work: Ctrl-C, odd terminals and environments, and too little memory."""
 
 import errno
+import io
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from harness import errors
+import predict
+from harness import checkpoint, errors
 from harness.errors import is_out_of_memory
 from harness.text import printable, table, width
 
@@ -102,6 +108,7 @@ def test_tqdm_variables_that_tqdm_cannot_use(variable: str, value: str) -> None:
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you …"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to …"),
         ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+        RuntimeError("could not create a primitive"),
     ],
 )
 def test_out_of_memory_is_recognised(error: BaseException, capsys: pytest.CaptureFixture) -> None:
@@ -117,6 +124,7 @@ def test_out_of_memory_is_recognised(error: BaseException, capsys: pytest.Captur
     "error",
     [
         RuntimeError("size mismatch for conv1.weight"),
+        RuntimeError("could not create a primitive descriptor for a convolution forward propagation primitive"),
         OSError(errno.ENOSPC, "No space left on device"),
         KeyError("out of memory"),
         errors.RunError("out of memory"),
@@ -132,6 +140,61 @@ def test_what_the_allocators_really_raise() -> None:
         with pytest.raises((RuntimeError, MemoryError)) as caught:
             allocate()
         assert is_out_of_memory(caught.value)
+
+
+def test_an_error_that_follows_from_one_of_memory_is_one() -> None:
+    """zipfile's: closing the half-written archive fails in its turn."""
+    with pytest.raises(ValueError) as caught, io.BytesIO() as file:
+        try:
+            raise MemoryError
+        finally:
+            file.close()
+            file.write(b"")
+    assert is_out_of_memory(caught.value)
+
+
+def limited(margin: int, main: Callable[[], int]) -> tuple[int, str]:
+    """Status and output of a command in a process of its own that may take so many bytes more than now."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
+        sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + margin, used + margin))
+        status = errors.report(main)
+        sys.stderr.flush()
+        os._exit(status)
+    os.close(writer)
+    with open(reader) as output:
+        said = output.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc and a limit on address space")
+def test_good_weights_are_not_called_damaged_where_memory_is_short(tmp_path: Path) -> None:
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (40, 40)).save(picture)
+    torch.set_num_threads(1)
+    outcomes = []
+    for megabytes in (1, 2, 4, 8, 12, 20, 1000):
+        status, said = limited(megabytes << 20, lambda: predict.main([str(WEIGHTS), str(picture), "--threads", "1"]))
+        assert "damaged" not in said and "does not fit" not in said and "Traceback" not in said
+        outcomes.append((status, "there is not enough memory" in said or "not enough memory" in said))
+    assert outcomes[0] == (1, True) and outcomes[-1] == (0, False), outcomes
+    assert all(outcome in ((1, True), (0, False)) for outcome in outcomes), outcomes
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc and a limit on address space")
+def test_a_run_does_not_fall_back_where_memory_is_short(tmp_path: Path) -> None:
+    """A last.pt that cannot be read for lack of memory is not damaged: previous.pt must not take its place."""
+    payload = {"kind": "run", "recipe": {}, "epoch": 2, "rows": [], "weights": torch.zeros(4 << 20)}
+    checkpoint.save(tmp_path / "last.pt", payload)
+    shutil.copy(tmp_path / "last.pt", tmp_path / "previous.pt")
+    status, said = limited(8 << 20, lambda: checkpoint.resume(tmp_path))
+    assert status == 1 and "there is not enough memory" in one_line(said)
+    assert (tmp_path / "last.pt").exists() and (tmp_path / "previous.pt").exists()
 
 
 # text
