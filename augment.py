@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import policy
-from colour import adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation
+import operations
+from operations import adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation
 
 # CIFAR-100's published figures, as in the original; STL-10's are (0.447, 0.440, 0.407) and (0.260, 0.257, 0.271).
 MEAN = (0.507, 0.487, 0.441)
@@ -96,7 +96,7 @@ class EpochDraws:
     """Everything random about an epoch of n samples."""
 
     order: Tensor  # int64 (n,): which image each sample shows
-    uniforms: Tensor  # float32 (n, COLUMNS) in [0, 1), with trivial_augment (n, COLUMNS + policy.COLUMNS)
+    uniforms: Tensor  # float32 (n, COLUMNS) in [0, 1), with trivial_augment (n, COLUMNS + operations.COLUMNS)
     own_share: Tensor  # float32 (n,) in [0, 1]: share of the sample's own image when mixed; 1 = unmixed
     colour_orders: list[tuple[int, int, int, int]]  # one per batch, known to the host; see COLOUR_ORDERS
 
@@ -139,7 +139,7 @@ def draw_epoch(
         alpha = np.where(uniforms[:, MIX_KIND] < _cutmix_odds(options), options.cutmix, options.mixup)
         share = np.where(rng.random(n) < options.mix_probability, rng.beta(alpha, alpha), 1).astype(np.float32)
     if options.trivial_augment:  # drawn last: all that is drawn before is the same without
-        uniforms = np.concatenate([uniforms, rng.random((n, policy.COLUMNS), dtype=np.float32)], axis=1)
+        uniforms = np.concatenate([uniforms, rng.random((n, operations.COLUMNS), dtype=np.float32)], axis=1)
     return EpochDraws(torch.from_numpy(order), torch.from_numpy(uniforms), torch.from_numpy(share), colour_orders)
 
 
@@ -349,7 +349,7 @@ def batch_of(
     """Samples as a batch of views of `size` px: seen at random, normalised, erased and mixed, in this order."""
     x = augment(images, uniforms, colour_order, size, options)
     if options.trivial_augment:
-        x = policy.trivial_augment(x, uniforms[:, COLUMNS:])
+        x = operations.trivial_augment(x, uniforms[:, COLUMNS:])
     x = erase(normalise(x, inplace=True), uniforms, options)
     x, other_labels, own_share = mix(x, labels, own_share, uniforms, options)
     return Batch(x, labels, other_labels, own_share)

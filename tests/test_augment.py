@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as tv
 from uniforms import ORIGINAL, random_uniforms
 
 import augment
-import colour
+import operations
 from augment import ViewOptions, ViewParameters, denormalise, normalise, view_parameters
 
 NO_COLOUR = ViewOptions(brightness=0, contrast=0, saturation=0, hue=0)
@@ -57,11 +57,11 @@ def colours() -> torch.Tensor:
 @pytest.mark.parametrize(
     ("ours", "torchvisions", "amounts"),
     [
-        (colour.adjust_brightness, tv.adjust_brightness, (0.0, 0.7, 1.0, 1.3)),
-        (colour.adjust_contrast, tv.adjust_contrast, (0.0, 0.7, 1.0, 1.3)),
-        (colour.adjust_saturation, tv.adjust_saturation, (0.0, 0.7, 1.0, 1.3)),
-        (colour.adjust_hue, tv.adjust_hue, (-0.5, -0.23, 0.0, 0.5)),
-        (colour.adjust_hue, tv.adjust_hue, (0.01, 1 / 3, -1 / 3, 0.3)),
+        (operations.adjust_brightness, tv.adjust_brightness, (0.0, 0.7, 1.0, 1.3)),
+        (operations.adjust_contrast, tv.adjust_contrast, (0.0, 0.7, 1.0, 1.3)),
+        (operations.adjust_saturation, tv.adjust_saturation, (0.0, 0.7, 1.0, 1.3)),
+        (operations.adjust_hue, tv.adjust_hue, (-0.5, -0.23, 0.0, 0.5)),
+        (operations.adjust_hue, tv.adjust_hue, (0.01, 1 / 3, -1 / 3, 0.3)),
     ],
 )
 def test_colour_operation_agrees_with_torchvision(ours, torchvisions, amounts):

@@ -6,12 +6,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from uniforms import ORIGINAL, random_uniforms
 
 import augment
-import policy
+import operations
 from augment import COLUMNS, EpochDraws, ViewOptions, draw_epoch, make_batch
 
 ALL = ViewOptions(trivial_augment=True, erase=0.5, mixup=0.2, cutmix=1.0)
 SOME = [ORIGINAL, ViewOptions(rotation=0, brightness=0, hue=0), ViewOptions(erase=0.5, mixup=0.2), ALL]
-ALL_COLUMNS = COLUMNS + policy.COLUMNS
+ALL_COLUMNS = COLUMNS + operations.COLUMNS
 
 
 def noise(n: int) -> torch.Tensor:
@@ -27,7 +27,7 @@ def test_a_batch_is_its_rows_viewed_normalised_erased_and_mixed(options: ViewOpt
         index, uniforms = draws.order[rows], draws.uniforms[rows]
         views = augment.augment(images[index], uniforms, draws.colour_orders[step], 40, options)
         if options.trivial_augment:
-            views = policy.trivial_augment(views, uniforms[:, COLUMNS:])
+            views = operations.trivial_augment(views, uniforms[:, COLUMNS:])
         erased = augment.erase(augment.normalise(views), uniforms, options)
         x, others, own_share = augment.mix(erased, labels[index], draws.own_share[rows], uniforms, options)
         assert torch.equal(batch.x, x) and torch.equal(batch.labels, labels[index])
@@ -73,7 +73,7 @@ def test_all_stays_on_the_device_and_nothing_waits_for_it(options: ViewOptions, 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_gpu_gives_the_same_batch_without_waiting():
-    uniforms = torch.cat([random_uniforms(64), torch.rand(64, policy.COLUMNS)], 1)
+    uniforms = torch.cat([random_uniforms(64), torch.rand(64, operations.COLUMNS)], 1)
     draws = EpochDraws(torch.arange(64), uniforms, torch.rand(64), [(0, 1, 2, 3)])
 
     def on(device: str) -> list[torch.Tensor]:

@@ -1,9 +1,10 @@
-"""One random operation more on each view, as in TrivialAugment (arXiv 2103.10158), batched on the device.
+"""Operations on batches of views, float32 (B, 3, s, s) in [0, 1], and one of them at random, as in TrivialAugment.
 
-Each sample draws one of OPERATIONS and a strength, both evenly. Ranges are those of the paper's wide space, with three
-differences: strengths are continuous, geometric operations sample bilinearly about the centre, and a translation is a
-share of the side. Each operation agrees with torchvision's functional one of the same name. As in augment.py, all is
-a pure function of the views and their random numbers, and nothing waits for a GPU.
+Each sample has a parameter of its own. Each operation agrees with the one of its name in torchvision's functional module.
+The four colour operations are those of every view. `trivial_augment` (arXiv 2103.10158) draws one of OPERATIONS for each
+sample and a strength, both evenly. Ranges are those of the paper's wide space, with three differences: strengths are
+continuous, geometric operations sample bilinearly about the centre, and a translation is a share of the side. As in
+augment.py, all is a pure function of the views and their random numbers, and nothing waits for a GPU.
 """
 
 from collections.abc import Callable
@@ -12,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from colour import adjust_brightness, adjust_contrast, adjust_saturation
-
+GREY = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
 COLUMNS = 2  # random numbers for each sample: which operation, and its strength
 SHEAR = 0.99  # pixels a row or column further from the centre
 TRANSLATION = 1 / 3  # of the side
@@ -21,6 +21,55 @@ ROTATION = 135.0  # degrees
 FACTOR = 0.99  # either side of 1: brightness, saturation, contrast, sharpness
 LEVELS = 256  # of grey, that equalising tells apart
 FEWEST_BITS = 2  # that posterising leaves
+
+
+def grey(x: Tensor) -> Tensor:
+    """Grey values (B, 1, H, W) of (B, 3, H, W)."""
+    red, green, blue = GREY
+    return (x[:, :1] * red).add_(x[:, 1:2], alpha=green).add_(x[:, 2:], alpha=blue)
+
+
+def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
+    """Blend with black."""
+    return (x * factor).clamp_(0, 1)
+
+
+def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the image's own mean grey."""
+    mean = grey(x.mean(dim=(2, 3), keepdim=True))
+    return torch.addcmul(mean * (1 - factor), x, factor).clamp_(0, 1)
+
+
+def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the pixel's own grey."""
+    return torch.addcmul(grey(x).mul_(1 - factor), x, factor).clamp_(0, 1)
+
+
+def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Shift the hue in HSV, without branches; value and saturation stay.
+
+    With V the largest channel and C the chroma (largest less smallest), the angle between a pixel's hue and red is
+    (C + G + B - R - min) / C sixths of a turn, on the side of green where G > B. In the other direction a channel is
+    V - C · clamp(d - 1, 0, 1) where d is the distance, in sixths of a turn, between the hue and that channel's.
+    """
+    red, green, blue = x.unbind(1)
+    value = torch.maximum(red, green).maximum(blue)
+    low = torch.minimum(red, green).minimum(blue)
+    sixths = (green + blue).sub_(red).add_(value).sub_(low, alpha=2).copysign_(green - blue)
+    chroma = (value - low).clamp_(min=1e-8)  # a grey pixel has any hue, but no NaN
+    hue = torch.addcdiv(shift[:, 0] + 1, sixths, chroma, value=1 / 6).frac_()  # turns, 0 = red
+
+    def distance(turns: float) -> Tensor:
+        return (hue - turns).abs_().clamp_(1 / 6, 1 / 3)
+
+    # d - 1 clamped to 0 … 1 is d clamped to 1 … 2, less 1: that 1 goes into the first summand.
+    # Red lies at both ends of the scale, so its distance is half a turn less that to its opposite.
+    high = value + chroma
+    turned = torch.empty_like(x)
+    torch.addcmul(value.sub_(chroma, alpha=2), distance(1 / 2), chroma, value=6, out=turned[:, 0])
+    torch.addcmul(high, distance(1 / 3), chroma, value=-6, out=turned[:, 1])
+    torch.addcmul(high, distance(2 / 3), chroma, value=-6, out=turned[:, 2])
+    return turned
 
 
 @torch.no_grad()

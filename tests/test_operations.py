@@ -10,9 +10,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 import augment
-import policy
+import operations
 from augment import ViewOptions, draw_epoch, make_batch, normalise
-from policy import FACTOR, OPERATIONS, ROTATION, SHEAR, TRANSLATION, trivial_augment
+from operations import FACTOR, OPERATIONS, ROTATION, SHEAR, TRANSLATION, trivial_augment
 
 SIZE, COUNT = 32, 8
 STRENGTHS = (-0.97, -0.5, -0.2, 0.01, 0.3, 0.5, 0.79, 0.99)
@@ -71,7 +71,7 @@ def test_operation_agrees_with_torchvision(name: str) -> None:
 
 def test_equalize_agrees_with_torchvisions_on_bytes() -> None:
     x = (pictures() * 255).round().byte()
-    found = (policy._equalize(x / 255, torch.zeros(COUNT)) * 255).round().byte()
+    found = (operations._equalize(x / 255, torch.zeros(COUNT)) * 255).round().byte()
     assert torch.equal(found, tv.equalize(x))
 
 
