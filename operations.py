@@ -1,10 +1,10 @@
 """Operations on batches of views, float32 (B, 3, s, s) in [0, 1], and one of them at random, as in TrivialAugment.
 
-Each sample has a parameter of its own. Each operation agrees with the one of its name in torchvision's functional module.
-The four colour operations are those of every view. `trivial_augment` (arXiv 2103.10158) draws one of OPERATIONS for each
-sample and a strength, both evenly. Ranges are those of the paper's wide space, with three differences: strengths are
-continuous, geometric operations sample bilinearly about the centre, and a translation is a share of the side. As in
-augment.py, all is a pure function of the views and their random numbers, and nothing waits for a GPU.
+Each sample has a parameter of its own. Each operation agrees with the one of its name among torchvision's functional
+ones. The four colour operations are those of every view. `trivial_augment` (arXiv 2103.10158) draws one of OPERATIONS
+for each sample and a strength, both evenly. Ranges are those of the paper's wide space, with three differences:
+strengths are continuous, geometric operations sample bilinearly about the centre, and a translation is a share of the
+side. As in augment.py, all is a pure function of the views and their random numbers, and nothing waits for a GPU.
 """
 
 from collections.abc import Callable
