@@ -17,6 +17,7 @@ import contextlib
 import json
 import math
 import multiprocessing
+import signal
 import statistics
 import sys
 from collections.abc import Callable
@@ -93,23 +94,37 @@ class ThisProject:
 
 
 class Process:
-    """A side in a process of its own, which ends with the context."""
+    """A side in a process of its own, which ends with the context, after the question that it is at."""
 
     _side: Baseline | ThisProject  # in that process only
 
     def __init__(self, kind: type[Baseline] | type[ThisProject], job: Job) -> None:
-        self.samples = job.samples
+        self.samples, self.steps = job.samples, job.steps
         self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), Process._begin, (kind, job))
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: a terminal's Ctrl-C is for this process
+        self.pool.submit(int)  # starts the other
+        signal.signal(signal.SIGINT, handler)
 
     def __enter__(self) -> "Process":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.pool.shutdown()
+        self.pool.shutdown(cancel_futures=True)
 
     def ask(self, question: Callable[..., Any], *arguments: Any) -> Any:
         """The answer of one of the functions below."""
         return self.pool.submit(question, *arguments).result()
+
+    def settle(self) -> int:
+        """Train until it gets no faster, and say how many steps that took.
+
+        A process asks for fresh memory in its first steps, which costs more than the arithmetic; the allocator needs
+        dozens of them until it mostly uses what it has.
+        """
+        rates = []
+        while len(rates) * self.steps < LONGEST_SETTLING and not settled(rates, math.ceil(SETTLING / self.steps)):
+            rates.append(1 / self.ask(Process.seconds, "train_steps"))
+        return len(rates) * self.steps
 
     @staticmethod
     def _begin(kind: type[Baseline] | type[ThisProject], job: Job) -> None:
@@ -124,18 +139,6 @@ class Process:
             return timed(getattr(Process._side, method))
         finally:
             torch.set_num_threads(before)
-
-    @staticmethod
-    def settle() -> int:
-        """Train until it gets no faster, and say how many steps that took.
-
-        A process asks for fresh memory in its first steps, which costs more than the arithmetic; the allocator needs
-        dozens of them until it mostly uses what it has.
-        """
-        rates, steps = [], Process._side.job.steps
-        while len(rates) * steps < LONGEST_SETTLING and not settled(rates, math.ceil(SETTLING / steps)):
-            rates.append(1 / Process.seconds("train_steps"))
-        return len(rates) * steps
 
     @staticmethod
     def call(method: str) -> Any:
@@ -172,7 +175,7 @@ def measure(job: Job, turns: int) -> dict[str, Any]:
     """Everything about one job, as plain values."""
     with contextlib.ExitStack() as stack:
         sides = [stack.enter_context(Process(kind, job)) for kind in (Baseline, ThisProject)]
-        settling = {name: side.ask(Process.settle) for name, side in zip(SIDES, sides, strict=True)}
+        settling = {name: side.settle() for name, side in zip(SIDES, sides, strict=True)}
         rows = [take_turns("views by one core", sides, turns, "views", 1)]
         rows.append(take_turns("training step", sides, turns, "train_steps"))
         rows.append(take_turns("end to end", sides, turns, "end_to_end"))
