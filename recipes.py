@@ -18,7 +18,7 @@ MOST_VIEWS = 10_000
 # what the recipes' views are set for, and beyond how many views of an image in all a small set gains no more
 # (docs/EXPERIMENTS.md, "Folders of few pictures")
 STL10_TRAIN_IMAGES = 4000
-MOST_PASSES = 1000
+MOST_PASSES = 500
 OLD_NAMES = {"view": "augmentation", "views": "views_per_image"}  # of checkpoints of format 1
 OLD_RULES = {"average_warmup": False}  # what runs followed that were begun before the setting existed
 
