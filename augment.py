@@ -4,7 +4,7 @@ All randomness of an epoch is drawn once, on the CPU (`draw_epoch`). Everything 
 those draws: the same draws give the same views on every device and in every batch, and a resumed run has no random
 state to restore. Nothing waits for the device: no constant is copied to it and no value is read back.
 
-`make_batch` is what a training step takes: views, normalised, erased and mixed, in this order.
+`take_samples` and `batch_of` make what a training step takes: views, normalised, erased and mixed, in this order.
 """
 
 import functools
@@ -215,13 +215,13 @@ def augment(images: Tensor, uniforms: Tensor, colour_order: Sequence[int], size:
         return torch.cat([augment(*part, colour_order, size, options) for part in parts])
     p = view_parameters(uniforms, *images.shape[-2:], options)
     x = _sample(images, p, size, rotated=options.rotation > 0)
-    operations = (
+    colour_steps = (
         (adjust_brightness, options.brightness, p.brightness),
         (adjust_contrast, options.contrast, p.contrast),
         (adjust_saturation, options.saturation, p.saturation),
         (adjust_hue, options.hue, p.hue),
     )
-    for operation, strength, parameter in (operations[i] for i in colour_order):
+    for operation, strength, parameter in (colour_steps[i] for i in colour_order):
         if strength:
             x = operation(x, parameter.view(-1, 1, 1, 1))
     return x
@@ -346,7 +346,7 @@ def batch_of(
     size: int,
     options: ViewOptions,
 ) -> Batch:
-    """Samples as a batch of views of `size` px: seen at random, normalised, erased and mixed, in this order."""
+    """Samples as a batch of views of `size` px: randomly augmented, normalised, erased and mixed, in this order."""
     x = augment(images, uniforms, colour_order, size, options)
     if options.trivial_augment:
         x = operations.trivial_augment(x, uniforms[:, COLUMNS:])

@@ -1,6 +1,9 @@
 """The networks: a bottleneck ResNet of 1,996,986 parameters, and a plain one of wide 3×3 convolutions.
 
-The ResNet's modules and parameters are named as in torchvision's, so that weights travel between the two.
+The ResNet's modules and parameters are named as in torchvision's, so that weights travel between the two. On a CPU
+both may be calculated with further channels of zeros (harness/channel_padding.py), which must stay zero in every
+layer: through convolutions, BatchNorm, rectifiers, pooling and sums they do, through GroupNorm or LayerNorm they
+would not.
 """
 
 import math

@@ -42,9 +42,10 @@ def build_optimizer(
 class Muon(torch.optim.SGD):
     """SGD with Nesterov momentum; in groups with `orthogonal` set, 4-d filters (out, in, h, w) take Muon's step.
 
-    There the momentum is orthogonalised as a matrix (out, in·h·w), and the filters' norm is held at √out: behind a
-    BatchNorm their scale means nothing but the size of the next step, so this takes the place of weight decay
-    (Keller Jordan, 2024). PyTorch's own Muon takes matrices only, and multiplies them in bf16, which not every CPU has.
+    There the momentum is orthogonalised as a matrix (out, in·h·w), and the filters' norm is reset to √out before each
+    step: behind a BatchNorm their scale means nothing but the size of the next step, so this takes the place of
+    weight decay (Keller Jordan, 2024). PyTorch's own Muon takes matrices only, and multiplies them in bf16, which
+    not every CPU has.
     """
 
     def __init__(
@@ -60,10 +61,10 @@ class Muon(torch.optim.SGD):
         for group in self.param_groups:
             if group["orthogonal"]:
                 for filters in group["params"]:
-                    self._turn(filters, group["lr"], group["momentum"])
+                    self._muon_step(filters, group["lr"], group["momentum"])
         super().step()
 
-    def _turn(self, filters: Tensor, lr: float | Tensor, decay: float) -> None:
+    def _muon_step(self, filters: Tensor, lr: float | Tensor, decay: float) -> None:
         if filters.grad is None:
             return
         state = self.state[filters]
@@ -95,14 +96,14 @@ def orthogonalise(matrix: Tensor, precision: torch.dtype = torch.float32) -> Ten
     x = matrix.T if tall else matrix
     x = (x / (x.norm() + EPSILON)).to(precision)
     lift = torch.tensor(3.4445, dtype=precision).item()  # as the products see it
-    square, turn = x @ x.T, None
-    for iteration in range(ITERATIONS):  # of x ← s·x, in the small matrices alone: all are polynomials of x·xᵀ
+    square, product = x @ x.T, None
+    for iteration in range(ITERATIONS):  # x ← s·x with s a polynomial of x·xᵀ: the s are gathered first
         step = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
         step.diagonal().add_(lift)
-        turn = step if turn is None else step @ turn
+        product = step if product is None else step @ product
         if iteration + 1 < ITERATIONS:
             square = step @ square @ step
-    x = (turn @ x).float()
+    x = (product @ x).float()
     return x.T if tall else x
 
 
@@ -128,7 +129,7 @@ class RunningAverage:
     """Exponential average of a network's weights and BatchNorm statistics, the first update being a copy.
 
     With `warmup` the decay at update t, counted from 0, is min(decay, (1 + t) / (10 + t)): the average looks back over
-    about a tenth of the steps so far, until that is as many as the decay means. Without, a run that is short beside
+    about a tenth of the steps so far, until it reaches 1 / (1 - decay) steps. Without, a run that is short beside
     1 / (1 - decay) steps ends on an average that still holds its first weights.
 
     PyTorch's AveragedModel gives the same numbers, but waits for the device at each update, to hand it the count.

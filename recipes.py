@@ -201,6 +201,11 @@ class Recipe:
         """Epochs of the stages before stage `stage_index`, both counted from 0."""
         return sum(stage.epochs for stage in self.stages[:stage_index])
 
+    @property
+    def rate_by_step(self) -> bool:
+        """Whether the learning rate changes with each step; else with each epoch."""
+        return self.schedule == "cosine"
+
     def samples(self, images: int, stage_indices: list[int]) -> int:
         """Samples of one epoch of each of these stages (from 0) over `images` training images: whole batches only."""
         batches = (self.stages[index].batch for index in stage_indices)
@@ -336,8 +341,8 @@ CPU_LONG = dataclasses.replace(
     average=0.999,
     tta="mirror",
 )
-# That for one modern GPU, where samples are cheap: more of them, more of which are large. `train.py --recipe gpu`: 5.1
-# million samples; not yet run.
+# cpu-long for one modern GPU, where samples are cheap: more of them, more of which are large.
+# `train.py --recipe gpu`: 5.1 million samples; not yet run.
 GPU = dataclasses.replace(
     CPU_LONG,
     name="gpu",

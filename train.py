@@ -127,7 +127,7 @@ def begin_or_continue(trainer: "Trainer", run: RunFolder, images: int, runtime: 
 def train_stages(
     trainer: "Trainer", run: RunFolder, dataset: DataSet, train: Tensor, val: Tensor, interrupt: Interrupt
 ) -> None:
-    """The two-stage loop, for the original 300 epochs at 70 px and 140 at 120 px. Raises Stopped to end early."""
+    """The loop over stages; the original has two, 300 epochs at 70 px and 140 at 120. Raises Stopped to end early."""
     recipe, machine = trainer.recipe, trainer.machine
     images = machine.hold(dataset.images)
     labels, val = dataset.labels.to(images.device), val.to(images.device)
@@ -199,7 +199,6 @@ class Trainer:
         self.graphs = Graphs(machine)
         self.teachers = Teachers(teachers, recipe.teacher_temperature, machine) if teachers else None
         self.loss = LabelSmoothingLoss(classes, recipe.label_smoothing, reduction="none")
-        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision is torch.float16)
         self.average: RunningAverage | None = None
         self.optimizer: torch.optim.Optimizer
         self.schedule: LRScheduler
@@ -218,13 +217,14 @@ class Trainer:
         """Start a stage over `images` training images: the weights stay; optimiser, schedule and average are new."""
         recipe = self.recipe
         self.optimizer = build_optimizer(recipe, stage, self.net, self.machine.precision)
-        if recipe.schedule == "restarts":  # by epoch
-            self.schedule = DecayingCosineWarmRestarts(
-                self.optimizer, recipe.cycle, recipe.cycle_growth, recipe.cycle_decay
-            )
-        else:  # by step
+        fp16 = self.machine.precision is torch.float16
+        self.scaler = torch.amp.GradScaler(self.machine.device.type, enabled=fp16)
+        if recipe.rate_by_step:
             steps = images * recipe.views_per_image // stage.batch
             self.schedule = LambdaLR(self.optimizer, lambda step: recipe.learning_rate(stage, step / steps) / stage.lr)
+        else:
+            cycles = (recipe.cycle, recipe.cycle_growth, recipe.cycle_decay)
+            self.schedule = DecayingCosineWarmRestarts(self.optimizer, *cycles)
         if recipe.average:
             self.average = RunningAverage(self.net, recipe.average, recipe.average_warmup)
         self._capture_anew()
@@ -240,29 +240,30 @@ class Trainer:
     ) -> EpochResult:
         """One pass over the drawn samples: uint8 images (N, 3, H, W) and int64 labels (N,) on the device.
 
-        Nothing waits for the device before the end; `tick` is called after each step and may raise to stop.
+        `batch_of` makes the views: rotation, crop, flips, colours; then it normalises, erases and mixes (unmixed draws
+        have a share of 1). Nothing waits for the device before the end; `tick` runs after each step and may raise.
         Of several processes each takes its share of every batch, and mixes samples within that share only. BatchNorm
         normalises by the share, too, and keeps the leader's running statistics. The result is that of all shares.
         """
         self.net.train()
         steps = len(draws.order) // stage.batch
-        losses = torch.zeros(steps, device=images.device)
-        hits = torch.zeros((), dtype=torch.int64, device=images.device)
+        losses = torch.zeros(steps, device=self.machine.device)
+        hits = torch.zeros((), dtype=torch.int64, device=self.machine.device)
         for step in range(steps):
             samples = take_samples(images, labels, draws, self.machine.share_of_batch(step, stage.batch))
-            order, options = draws.colour_orders[step], self.recipe.augmentation
-            batch = self.graphs.run(batch_of, samples, order, size, options, warm=1)
+            views = (draws.colour_orders[step], size, self.recipe.augmentation)
+            batch = self.graphs.run(batch_of, samples, *views, warm=1)
             losses[step], right = self.step(batch)
             hits += right
             tick()
-        if self.recipe.schedule == "restarts":
+        if not self.recipe.rate_by_step:
             self.schedule.step()
         return self._result(losses, hits, steps * stage.batch)
 
     def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Learn from one batch; mean loss and number of right answers, on the device."""
         loss, right = self.graphs.run(self.learn, batch)
-        if self.recipe.schedule == "cosine":
+        if self.recipe.rate_by_step:
             self.schedule.step()
         if self.average is not None:
             self.average.update()

@@ -22,7 +22,7 @@ class CompiledForm(nn.Module):
         super().__init__()
         self.net, self.machine = net, machine
         self._compiled: Callable[[Tensor], Tensor] | None = None
-        self._proved: set[int] = set()  # sizes in px
+        self._compiled_sizes: set[int] = set()  # sizes in px
         if machine.compile:
             torch._dynamo.config.recompile_limit = 64  # one graph per crop size
             self._compiled = torch.compile(net, dynamic=False)
@@ -32,11 +32,11 @@ class CompiledForm(nn.Module):
         return self.net(x) if self._compiled is None else self._compiled(x)
 
     def attempt(self, step: Callable[[], Result], size: int) -> Result:
-        """Run `step`, a forward and a backward pass of this; if compiling for `size` px fails, run it again without.
+        """Run `step`, a forward and a backward pass; if compiling for `size` px fails, run it again without.
 
         Until then a step has changed nothing but running statistics and gradients: the former are put back.
         """
-        if self._compiled is None or size in self._proved:
+        if self._compiled is None or size in self._compiled_sizes:
             return step()
         kept = [buffer.clone() for buffer in self.net.buffers()]
         try:
@@ -50,5 +50,5 @@ class CompiledForm(nn.Module):
             self.net.zero_grad()
             self.machine.note(f"compiling the step failed, so it goes on uncompiled, slower: {reason(error)}")
             return step()
-        self._proved.add(size)
+        self._compiled_sizes.add(size)
         return result

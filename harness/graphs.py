@@ -13,7 +13,9 @@ from torch import Tensor
 from harness.errors import is_out_of_memory, reason
 from harness.machine import Machine
 
-WARM_CALLS = 3  # before a function is captured: kernels are compiled and chosen, optimisers make their states
+WARM_CALLS = (
+    3  # eager ones before a function is captured: kernels are compiled and chosen, optimisers make their states
+)
 
 
 class Graphs:
@@ -21,7 +23,7 @@ class Graphs:
 
     A function's effects on tensors that outlive the call (weights, optimiser states) are part of its graph, so these
     must stay where they are: after anything that replaces them, `forget` the graphs. What a function returns is
-    overwritten by its next call. A function that cannot be captured, which changes nothing, is called as elsewhere.
+    overwritten by its next call. A failed capture executes nothing, and the function is then called as elsewhere.
     """
 
     def __init__(self, machine: Machine) -> None:

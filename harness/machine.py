@@ -88,7 +88,7 @@ class Machine:
         return autocast(self.device, self.precision)
 
     def hold(self, images: Tensor) -> Tensor:
-        """The images on the device, or where they would take too much of its memory on the host."""
+        """The images on the device, or in pinned host memory if they would take over half of its free memory."""
         if self.device.type != "cuda":
             return images
         free, _ = torch.cuda.mem_get_info(self.device)

@@ -1,4 +1,4 @@
-"""How an epoch goes: a bar on a terminal, the rate of its warm steps, and when stage and run will end."""
+"""Progress and timing of an epoch: a bar on a terminal, the rate of its warm steps, and when stage and run will end."""
 
 import contextlib
 import datetime

@@ -48,7 +48,7 @@ ON_SHEET = 32  # views
 class RunFolder:
     """The folder of a run. `rows` is the truth: CSV and plots are made from it and can always be made again.
 
-    Of several processes only the leader's writes and prints; in the others it takes up the same state and counts.
+    Of several processes only the leader's writes and prints; in the others it loads the same state and counts epochs.
     """
 
     def __init__(
