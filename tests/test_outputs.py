@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from picture_folders import fill
 from PIL import Image
 
 import compare
@@ -22,7 +23,7 @@ import evaluate
 import export
 import predict
 import train
-from harness import canvas, errors, files, plots, text
+from harness import canvas, errors, files, picture_cache, plots, text
 from harness.errors import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -211,6 +212,24 @@ def test_many_writers_of_one_file_leave_one_whole_content(tmp_path: Path) -> Non
     with ThreadPoolExecutor(10) as pool:
         list(pool.map(lambda content: write(path, content), contents * 5))
     assert path.read_text() in contents and names(tmp_path) == ["out.csv"]
+
+
+def test_parallel_starts_on_a_fresh_folder_of_pictures(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Each has the squares and keeps them, though all are writing the same file at the same time."""
+    folder = fill(tmp_path / "pictures", 3)
+    paths, all_write, save = sorted(folder.glob("*/*")), threading.Barrier(4, timeout=60), np.savez
+
+    def save_together(file, **arrays) -> None:
+        all_write.wait()
+        save(file, **arrays)
+        all_write.wait()
+
+    monkeypatch.setattr(np, "savez", save_together)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: picture_cache.squares(folder, paths, 32), range(4)))
+    assert all(torch.equal(images, found[0]) for images in found) and "cannot be kept" not in capsys.readouterr().out
+    assert [path.name for path in folder.iterdir() if path.is_file()] == [".squares-32px.npz"]
+    assert torch.equal(picture_cache.squares(folder, paths, 32), found[0])
 
 
 def test_leftovers_of_killed_writers_go_with_time_and_others_stay(tmp_path: Path) -> None:
