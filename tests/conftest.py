@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import os
 import signal
 from collections.abc import Iterator
@@ -49,8 +50,12 @@ def signal_handlers() -> Iterator[None]:
         yield
 
 
+drawn_once = functools.cache(demo_shapes.draw_shapes)
+
+
 def shrink_demo(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(demo_shapes, "IMAGES_PER_CLASS", {"train": 20, "test": 5})
+    patch.setattr(demo_shapes, "draw_shapes", drawn_once)  # they are the same each time
 
 
 def save_empty_plots(patch: pytest.MonkeyPatch) -> None:

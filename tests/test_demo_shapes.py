@@ -44,7 +44,8 @@ def test_no_temporary_file_is_left(folder, specs):
     assert {path.name for path in (folder / "stl10_binary").iterdir()} == {*specs, LOCK_FILE}
 
 
-def test_files_that_are_right_are_kept_and_others_drawn_again(tmp_path, small_demo):
+def test_files_that_are_right_are_kept_and_others_drawn_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_shapes, "IMAGES_PER_CLASS", {"train": 20, "test": 5})
     folder, specs = tmp_path, demo_shapes.make(tmp_path)
     paths = [folder / "stl10_binary" / name for name in specs]
     paths[0].write_bytes(paths[0].read_bytes()[:-1])

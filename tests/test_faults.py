@@ -80,7 +80,7 @@ def continues(folder: Path, reference: dict[str, Path], name: str = "restarts, a
 
 @pytest.mark.parametrize(
     ("name", "points"),
-    [("cosine, sgd, averaged", range(1, 34, 8))]
+    [("cosine, sgd, averaged", range(1, 34, 11))]
     + [pytest.param(name, range(1 + i, 34, 3), marks=pytest.mark.slow) for i, name in enumerate(RUNS)],
 )
 def test_kill_in_writing(name: str, points: range, reference: dict[str, Path], tmp_path: Path) -> None:
@@ -88,9 +88,10 @@ def test_kill_in_writing(name: str, points: range, reference: dict[str, Path], t
     assert killed.total() >= len(points) - 2, killed
 
 
-def test_kill_at_random_moments(reference: dict[str, Path], tmp_path: Path, log: Path) -> None:
-    name, chance, folder, kills = "cosine, sgd, averaged", random.Random(0), tmp_path / "run", 0
-    while kills < 8:
+@pytest.mark.parametrize("tries", [3, pytest.param(8, marks=pytest.mark.slow)])
+def test_kill_at_random_moments(tries: int, reference: dict[str, Path], tmp_path: Path, log: Path) -> None:
+    name, chance, folder, kills = "cosine, sgd, averaged", random.Random(tries), tmp_path / "run", 0
+    while kills < tries:
         kill = partial(signal.setitimer, signal.ITIMER_REAL, chance.uniform(0.05, 0.8))  # SIGALRM: no clean-up either
         before_it = rows(folder)
         if run([*ARGV[name], "--out", str(folder)], log, tiny, kill) == -signal.SIGALRM:
@@ -102,7 +103,7 @@ def test_kill_at_random_moments(reference: dict[str, Path], tmp_path: Path, log:
     continues(folder, reference, name)
 
 
-@pytest.mark.parametrize("point", [1, 2, 3, 4])
+@pytest.mark.parametrize("point", [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
 def test_kill_while_overwriting(point: int, reference: dict[str, Path], out: list[str], tmp_path: Path) -> None:
     folder, log = tmp_path / "run", tmp_path / "log"
     shutil.copytree(reference["cosine, sgd, averaged"], folder)
@@ -224,10 +225,10 @@ def test_time_limit_knows_that_larger_views_take_longer(
 @pytest.mark.parametrize(
     ("moment", "call", "size", "names", "epochs"),
     [
-        (checkpoint.commit, 1, 50_000, "last.pt", 0),
+        pytest.param(checkpoint.commit, 1, 50_000, "last.pt", 0, marks=pytest.mark.slow),
         (checkpoint.commit, 3, 50_000, "last.pt", 2),
         (checkpoint.save_weights, 1, 20_000, "best.pt", 1),
-        (files.write_text, 1, 100, "config.json", 0),
+        pytest.param(files.write_text, 1, 100, "config.json", 0, marks=pytest.mark.slow),
         (files.write_text, 3, 100, "metrics.csv", 2),
         (files.write_text, 7, 100, "summary.json", 5),
     ],
@@ -370,7 +371,7 @@ def close(name: str) -> None:
     setattr(sys, name, None)  # as Python does where the descriptor is closed
 
 
-@pytest.mark.parametrize("name", ["stdin", "stdout", "stderr"])
+@pytest.mark.parametrize("name", ["stdout", "stderr", pytest.param("stdin", marks=pytest.mark.slow)])
 def test_stream_closed_from_the_start(name: str, reference: dict, out: list[str], log: Path) -> None:
     assert run([*ONE, *out], log, tiny, partial(close, name)) == 0, log.read_text()
     assert differences(Path(out[1]), reference["restarts, adam"]) == []
