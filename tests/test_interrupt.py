@@ -47,8 +47,10 @@ def ended_by(work: Callable[[], None]) -> int | None:
     """The signal that ends a process in `work`, or None if it comes to its end."""
     child = os.fork()
     if not child:
-        work()
-        os._exit(0)
+        try:
+            work()
+        finally:
+            os._exit(0)
     status = os.waitpid(child, 0)[1]
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
 

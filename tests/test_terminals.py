@@ -2,14 +2,14 @@
 
 import errno
 import io
+import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,6 @@ import pytest
 import torch
 from PIL import Image
 
-import predict
 from harness import checkpoint, errors
 from harness.errors import is_out_of_memory
 from harness.text import printable, table, width
@@ -153,35 +152,23 @@ def test_an_error_that_follows_from_one_of_memory_is_one() -> None:
     assert is_out_of_memory(caught.value)
 
 
-def limited(margin: int, main: Callable[[], int]) -> tuple[int, str]:
-    """Status and output of a command in a process of its own that may take so many bytes more than now."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        os.dup2(writer, 1)
-        os.dup2(writer, 2)
-        sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + margin, used + margin))
-        status = errors.report(main)
-        sys.stderr.flush()
-        os._exit(status)
-    os.close(writer)
-    with open(reader) as output:
-        said = output.read()
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
+def short_of_memory(margins: Sequence[int], *command: object) -> list[tuple[int, str]]:
+    """Status and output of a command that may take so many MiB more than PyTorch alone does, for each of `margins`."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, ROOT / "tests" / "short_of_memory.py", ",".join(map(str, margins)), *command]
+    done = subprocess.run([str(part) for part in program], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc and a limit on address space")
 def test_good_weights_are_not_called_damaged_where_memory_is_short(tmp_path: Path) -> None:
     picture = tmp_path / "a.png"
     Image.new("RGB", (40, 40)).save(picture)
-    torch.set_num_threads(1)
     outcomes = []
-    for megabytes in (1, 2, 4, 8, 12, 20, 1000):
-        status, said = limited(megabytes << 20, lambda: predict.main([str(WEIGHTS), str(picture), "--threads", "1"]))
+    for status, said in short_of_memory((1, 2, 4, 8, 12, 20, 1000), "predict", WEIGHTS, picture):
         assert "damaged" not in said and "does not fit" not in said and "Traceback" not in said
-        outcomes.append((status, "there is not enough memory" in said or "not enough memory" in said))
+        outcomes.append((status, "not enough memory" in said))
     assert outcomes[0] == (1, True) and outcomes[-1] == (0, False), outcomes
     assert all(outcome in ((1, True), (0, False)) for outcome in outcomes), outcomes
 
@@ -192,7 +179,7 @@ def test_a_run_does_not_fall_back_where_memory_is_short(tmp_path: Path) -> None:
     payload = {"kind": "run", "recipe": {}, "epoch": 2, "rows": [], "weights": torch.zeros(4 << 20)}
     checkpoint.save(tmp_path / "last.pt", payload)
     shutil.copy(tmp_path / "last.pt", tmp_path / "previous.pt")
-    status, said = limited(8 << 20, lambda: checkpoint.resume(tmp_path))
+    ((status, said),) = short_of_memory([8], "resume", tmp_path)
     assert status == 1 and "there is not enough memory" in one_line(said)
     assert (tmp_path / "last.pt").exists() and (tmp_path / "previous.pt").exists()
 
