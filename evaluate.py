@@ -64,19 +64,20 @@ def main(argv: list[str] | None = None) -> int:
         if len({averaged_over(network.recipe) for network in side}) > 1:
             print("warning: these networks differ in more than their seeds and splits", file=sys.stderr)
     entries, *opposed = [[evaluation.entry for evaluation in side] for side in evaluated]
-    pairs = compare(evaluated, args)
     drawn = len(entries) == 1 and not opposed and args.protocol == "clean"
     whole = {"split": args.split, "protocol": args.protocol, **machine.as_dict(), **report.side(entries)}
     whole |= {"against": report.side(opposed[0])} if opposed else {}
-    whole |= {"pairs": pairs} if pairs else {}
-    whole["pictures"] = report.pictures(entries[0]) if drawn else []
+    pairs: list[dict[str, Any]] = []
     try:
+        pairs = compare(evaluated, args)
+        whole |= {"pairs": pairs} if pairs else {}
+        whole["pictures"] = report.pictures(entries[0]) if drawn else []
         for picture in earlier:
             (out / picture).unlink(missing_ok=True)
         files.write_text(out / report.REPORT, json.dumps(whole, indent=2) + "\n")
         if drawn:
             report.draw(out, entries[0], networks[0].classes, *scored)
-    finally:  # a full disk does not cost the tables, nor a closed terminal the report
+    finally:  # neither other images nor a full disk cost the tables, nor a closed terminal the report
         print(report.text(entries, *opposed))
         if pairs:
             print(report.pairs_text(pairs))
