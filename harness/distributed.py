@@ -20,7 +20,7 @@ from harness.errors import RunError
 TIMEOUT = timedelta(minutes=5)  # for gradients: only a process that hangs needs as long
 # Followers wait for as long as the leader fetches data, or validates and writes. One that has ended is noticed at once.
 PATIENCE = timedelta(minutes=30)
-_decisions: dist.ProcessGroup | None = None  # of all processes, by gloo
+_decisions: dist.ProcessGroup | None = None  # of all processes, by gloo; None: the one group there is
 
 
 class PeerLost(RunError):
@@ -48,17 +48,19 @@ def join(device: torch.device) -> None:
     with peer_loss_reported():
         if device.type == "cuda":
             dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+            _decisions = dist.new_group(backend="gloo", timeout=PATIENCE)
         else:
-            dist.init_process_group("gloo", timeout=TIMEOUT)
-        _decisions = dist.new_group(backend="gloo", timeout=PATIENCE)
+            dist.init_process_group("gloo", timeout=PATIENCE)
     if rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
 def leave() -> None:
     """Leave the group after an orderly end. After any other the end of the process does it, and cannot hang."""
+    global _decisions
     if dist.is_initialized():
         dist.destroy_process_group()
+        _decisions = None  # or its threads would still be there when the interpreter ends
 
 
 def parallel(net: nn.Module) -> nn.Module:
