@@ -231,6 +231,7 @@ class WideNet(nn.Module):
                 nn.init.zeros_(module.bns[-1].weight)
         if cosine_stem:
             self.conv1.weight = nn.Parameter(cosine_filters(stem), requires_grad=False)
+            self.bn1.requires_grad_(False)  # nothing below the first group learns, so no gradient has to get there
 
     def forward(self, x: Tensor) -> Tensor:
         _check_input(x)

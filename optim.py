@@ -42,7 +42,7 @@ def build_optimizer(
 class Muon(torch.optim.SGD):
     """SGD with Nesterov momentum; in groups with `orthogonal` set, 4-d filters (out, in, h, w) take Muon's step.
 
-    There the momentum is orthogonalised as a matrix (out, in·h·w), and the filters' norm is reset to √out before each
+    There the momentum is orthogonalised as a matrix (out, h·w·in), and the filters' norm is reset to √out before each
     step: behind a BatchNorm their scale means nothing but the size of the next step, so this takes the place of
     weight decay (Keller Jordan, 2024). PyTorch's own Muon takes matrices only, and multiplies them in bf16, which
     not every CPU has.
@@ -73,13 +73,17 @@ class Muon(torch.optim.SGD):
         scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         before = (filters.clone(), state["momentum_buffer"].clone()) if overflow is not None else ()
         grad = filters.grad if scale is None else filters.grad.div_(scale)
-        momentum = state["momentum_buffer"].mul_(decay).add_(grad)
-        direction = orthogonalise((grad + decay * momentum).flatten(1), self.precision).view_as(filters)
-        filters.mul_(len(filters) ** 0.5 / filters.norm())
+        momentum = torch.add(grad, state["momentum_buffer"], alpha=decay, out=state["momentum_buffer"])
+        ahead = torch.add(grad, momentum, alpha=decay, out=grad)
+        # The order of a matrix's columns is no matter: taken as they lie in memory, nothing has to be copied.
+        order = (0, 2, 3, 1) if filters.is_contiguous(memory_format=torch.channels_last) else (0, 1, 2, 3)
+        weights = filters.permute(order).flatten(1)
+        direction = orthogonalise(ahead.permute(order).flatten(1), self.precision)
+        weights.mul_(len(weights) ** 0.5 / weights.norm())
         if isinstance(lr, Tensor):  # on the device, so that a captured step reads its present value
-            filters.sub_(direction * lr)
+            weights.sub_(direction * lr)
         else:
-            filters.sub_(direction, alpha=lr)
+            weights.sub_(direction, alpha=lr)
         for value, old in zip((filters, momentum), before, strict=False):  # GradScaler's overflow: nothing is learnt
             value.copy_(torch.where(overflow > 0, old, value))
         filters.grad = None  # done: SGD's step passes over it

@@ -197,6 +197,13 @@ class Recipe:
         index, epoch = self.stage_and_epoch(epochs_done)
         return self.stages[index].crop_size_at(epoch)
 
+    def tta_at(self, epochs_done: int) -> str:
+        """Forms over which the validation images are scored after the epoch that follows `epochs_done` finished ones.
+
+        `tta` in the last epoch, whose figure counts; crops cost six times an image, so before it mirror images do.
+        """
+        return "mirror" if self.tta == "multi" and epochs_done + 1 < self.epochs else self.tta
+
     def first_epoch_of(self, stage_index: int) -> int:
         """Epochs of the stages before stage `stage_index`, both counted from 0."""
         return sum(stage.epochs for stage in self.stages[:stage_index])

@@ -153,7 +153,8 @@ def train_stages(
                 interrupt.stop_if_signalled()
 
             result = trainer.train_epoch(images, labels, draws, stage, size, after_step)
-        val_loss, val_accuracy = trainer.validate(images, labels, val, stage.eval_size)
+        tta = recipe.tta_at(run.epochs_done)
+        val_loss, val_accuracy = trainer.validate(images, labels, val, stage.eval_size, tta)
         run.require_finite(result.losses, result.finite, val_loss)  # nothing of the epoch is committed yet
         run.commit(
             {
@@ -308,15 +309,17 @@ class Trainer:
         largest = torch._foreach_norm([x for x in kept if torch.is_tensor(x) and x.is_floating_point()], math.inf)
         return torch.stack(largest).isfinite().all()
 
-    def validate(self, images: Tensor, labels: Tensor, val: Tensor, size: int) -> tuple[float | None, float | None]:
-        """Loss and accuracy on the images `val` (indices), clean, at `size` px, in eval mode.
+    def validate(
+        self, images: Tensor, labels: Tensor, val: Tensor, size: int, tta: str
+    ) -> tuple[float | None, float | None]:
+        """Loss and accuracy on the images `val` (indices), clean, at `size` px, in eval mode, over the forms `tta`.
 
         None without images, and in processes that do not lead.
         """
         if not len(val) or not self.machine.leads:
             return None, None
-        device, how = self.machine.device, {"tta": self.recipe.tta, "precision": self.machine.precision}
-        logits = scoring.tta_logits(self.eval_model, images[val].to(device), size, **how)
+        device, precision = self.machine.device, self.machine.precision
+        logits = scoring.tta_logits(self.eval_model, images[val].to(device), size, tta, precision=precision)
         hits, loss = hits_and_loss(logits, labels[val].to(device))
         return loss.item(), hits.item() / len(val)
 

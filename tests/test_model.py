@@ -168,7 +168,8 @@ def test_cosine_stem_stays_and_further_convolutions_start_as_identities():
     model = build_model(cosine_stem=True, **WIDE)
     assert list(model.state_dict()) == list(build_model(**WIDE).state_dict())
     assert torch.equal(model.conv1.weight, cosine_filters(2))
-    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["conv1.weight"]
+    fixed = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert fixed == ["conv1.weight", "bn1.weight", "bn1.bias"]
     x = torch.randn(2, 8, 5, 7)
     for conv in (conv for group in model.groups for conv in (group.conv, *group.convs)):
         given = x[:, : conv.in_channels]
