@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # each of several workers takes one core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import train
 from harness import demo_shapes
 

@@ -191,7 +191,7 @@ def test_a_file_in_a_folder_that_takes_no_others_is_written_into(tmp_path: Path,
     path.parent.mkdir()
     path.write_text("an older and longer text")
     path.chmod(0o666)
-    for folder in tmp_path.parents[:2]:
+    for folder in tmp_path.parents[:3]:
         folder.chmod(folder.stat().st_mode | 0o055)
     tmp_path.chmod(0o755)
     path.parent.chmod(0o555)

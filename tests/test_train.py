@@ -317,3 +317,10 @@ def test_same_bits_with_all_that_is_drawn(tmp_path: Path, small_demo) -> None:
         torch.manual_seed(ord(name))
         assert run(tmp_path / name / "run", *flags) == 0
     assert differences(tmp_path / "a" / "run", tmp_path / "b" / "run") == []
+
+
+def test_crops_are_scored_in_the_last_epoch_alone(tmp_path: Path, small_demo) -> None:
+    for tta in ("multi", "mirror"):
+        assert run(tmp_path / tta, "--tta", tta) == 0
+    found = {name for name in differences(tmp_path / "multi", tmp_path / "mirror") if name.startswith("metrics.csv")}
+    assert "metrics.csv/2/val_loss" in found <= {"metrics.csv/2/val_loss", "metrics.csv/2/val_accuracy"}

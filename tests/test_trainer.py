@@ -191,9 +191,10 @@ def test_a_cosine_stem_does_not_learn_and_everything_else_does(optimizer: str):
     with torch.random.fork_rng():
         torch.manual_seed(RECIPE.seed)
         before = build_network(dataclasses.replace(RECIPE, **changes), 10).state_dict()
+    stem = {"conv1.weight", "bn1.weight", "bn1.bias"}
     for state in (trainer.net.state_dict(), trainer.eval_model.state_dict()):
         same = {name for name, value in state.items() if torch.equal(value, before[name])}
-        assert {name for name in same if state[name].is_floating_point()} == {"conv1.weight"}
+        assert {name for name in same if state[name].is_floating_point()} == stem
 
 
 @pytest.mark.parametrize(
@@ -232,10 +233,10 @@ def test_a_stage_keeps_the_weights_alone_of_the_one_before():
 def test_validation_scores_the_average_on_clean_images_of_that_size():
     trainer, _ = trained()
     (images, labels), val = pictures(), torch.tensor([3, 7, 8, 30, 39])
-    logits = scoring.tta_logits(trainer.average.net, images[val], 40, trainer.recipe.tta)
-    loss, accuracy = trainer.validate(images, labels, val, 40)
+    logits = scoring.tta_logits(trainer.average.net, images[val], 40, "multi")
+    loss, accuracy = trainer.validate(images, labels, val, 40, "multi")
     assert loss == pytest.approx(F.cross_entropy(logits, labels[val]).item(), rel=1e-6)
     assert accuracy == (logits.argmax(1) == labels[val]).sum().item() / 5
-    assert trainer.validate(images, labels, val[:0], 40) == (None, None)
+    assert trainer.validate(images, labels, val[:0], 40, "multi") == (None, None)
     trainer.machine = dataclasses.replace(PLAIN, rank=1, world=2)
-    assert trainer.validate(images, labels, val, 40) == (None, None)
+    assert trainer.validate(images, labels, val, 40, "multi") == (None, None)
