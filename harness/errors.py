@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import TracebackType
 
 from harness.text import escape, printable
@@ -73,21 +74,25 @@ def before_imports() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored, after `&`
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.excepthook = _report_memory
-    os.environ["MATPLOTLIBRC"] = (
-        os.devnull
-    )  # plots have their own style: a user's settings cannot even break the import
+    os.environ["MATPLOTLIBRC"] = os.devnull  # plots have their own style: a user's settings do not matter
+    _require_readable_matplotlibrc()
     try:
         from tqdm import tqdm
 
         tqdm.monitor_interval = 0  # no thread beside ours
         tqdm(total=1, file=io.StringIO(), disable=False).close()
-    except (
-        KeyError,
-        ValueError,
-        IndexError,
-    ) as error:  # it reads its variables when it is imported, and uses some later
+    except (KeyError, ValueError, IndexError) as error:  # tqdm reads its variables at the import, and uses some later
         names = ", ".join(sorted(name for name in os.environ if name.startswith("TQDM_")))
         sys.exit(_fail(f"tqdm cannot use what the environment says in {names} ({reason(error)}); unset it"))
+
+
+def _require_readable_matplotlibrc() -> None:
+    """End in one line where matplotlib's import would fail at the current folder's settings, which come first."""
+    with contextlib.suppress(OSError):
+        try:
+            Path("matplotlibrc").read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            sys.exit(_fail("matplotlib cannot read this folder's matplotlibrc, which is not UTF-8; rename it"))
 
 
 def _report_memory(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

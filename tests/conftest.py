@@ -5,8 +5,10 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from PIL import Image
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each of several workers takes one core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -94,3 +96,11 @@ def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def tiny_run(tiny_runs: tuple[Path, Path]) -> Path:
     """The first of the two: its `best.pt`, `last.pt`, `config.json`, `metrics.csv` … are to be read, not changed."""
     return tiny_runs[0]
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "in" / "a.png"
+    path.parent.mkdir()
+    Image.fromarray(np.full((40, 40, 3), 90, np.uint8)).save(path)
+    return path
