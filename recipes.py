@@ -321,9 +321,9 @@ ORIGINAL = Recipe(
 # CPU core with bf16; 84.8 % on average over two seeds. Why each of them: docs/EXPERIMENTS.md.
 CPU = Recipe(
     name="cpu",
-    stages=(Stage(epochs=4, crop_size=(32, 32, 48, 64), eval_size=80, batch=64, lr=0.2),),
+    stages=(Stage(epochs=4, crop_size=(32, 48, 48, 64), eval_size=80, batch=128, lr=0.5),),
     augmentation=AUGMENTATIONS["mild"],
-    views_per_image=20,
+    views_per_image=14,
     network="wide",
     layers=(2, 2, 2),
     planes=(64, 160, 224),
@@ -333,7 +333,7 @@ CPU = Recipe(
     decay_norms=False,
     schedule="cosine",
     label_smoothing=0.1,
-    average=0.998,
+    average=0.995,
     tta="multi",
 )
 # Finer maps, larger crops, stronger views, CutMix. `train.py --recipe cpu-long`: 1.9 million samples, an hour of two
