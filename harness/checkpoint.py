@@ -3,6 +3,10 @@
 A run folder holds `last.pt` (the one point of commit: all that continues the run), `previous.pt` (the state one epoch
 before, should `last.pt` be damaged), and weights alone: `best.pt`, of the best validation accuracy, and `stage1.pt` …,
 of each stage's end but the last.
+
+All hold `format`, `kind` (run or weights), `recipe`, `classes`, `images`, `eval_size`, `epoch` and the network's
+weights as `model`; weights alone also the `val_accuracy` that selected them. A run also holds `precision`, its `rows`,
+and the trainer's state: `average`, `averaged` (updates of it), `optimizer`, `schedule`, `scaler`.
 """
 
 import contextlib

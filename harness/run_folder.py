@@ -144,15 +144,15 @@ class RunFolder:
         }
         files.write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
 
-    def require_finite(self, losses: Tensor, learnt: bool, val_loss: float | None) -> None:
+    def require_finite(self, losses: Tensor, finite: bool, val_loss: float | None) -> None:
         """Raise RunError that names the first number of an epoch that is not finite.
 
-        `losses` of its steps (steps,), what was `learnt` as a whole, and the validation loss.
+        `losses` of its steps (steps,), whether all that was learnt is `finite`, and the validation loss.
         """
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
             what = f"the loss of step {int(bad[0]) + 1}"
-        elif not learnt:
+        elif not finite:
             what = "a weight, running statistic or optimiser value after the last step"
         elif val_loss is not None and not math.isfinite(val_loss):
             what = "the validation loss"
@@ -175,7 +175,7 @@ class RunFolder:
             f"scored at {stage.eval_size} px; give a smaller --batch, --crop-size or --eval-size"
         )
 
-    def commit(self, row: dict[str, Any], learnt: dict[str, Any]) -> None:
+    def commit(self, row: dict[str, Any], trained: dict[str, Any]) -> None:
         """Save an epoch's row and the trainer's state, whole or not at all; then print the row and draw the plots."""
         self.rows.append(row)
         if not self.machine.leads:
@@ -189,7 +189,7 @@ class RunFolder:
             "epoch": row["epoch"],
             "precision": self.machine.as_dict()["precision"],
             "rows": self.rows,
-            **learnt,
+            **trained,
         }
         checkpoint.commit(self.folder, state)
         self._write_derived(state)
@@ -318,7 +318,7 @@ class RunFolder:
             "val_accuracy": row["val_accuracy"],
             "interval_95": [round(low, 4), round(high, 4)],
             "eval_size": self.recipe.stages[row["stage"] - 1].eval_size,
-            "tta": self.recipe.tta,
+            "tta": self.recipe.tta_at(row["epoch"] - 1),
         }
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import math
 import os
 import re
@@ -324,3 +325,6 @@ def test_crops_are_scored_in_the_last_epoch_alone(tmp_path: Path, small_demo) ->
         assert run(tmp_path / tta, "--tta", tta) == 0
     found = {name for name in differences(tmp_path / "multi", tmp_path / "mirror") if name.startswith("metrics.csv")}
     assert "metrics.csv/2/val_loss" in found <= {"metrics.csv/2/val_loss", "metrics.csv/2/val_accuracy"}
+    summary = json.loads((tmp_path / "multi" / "summary.json").read_text())
+    best = summary["best, selected on these images"]
+    assert summary["last"]["tta"] == "multi" and best["tta"] == ("multi" if best["epoch"] == 3 else "mirror")
