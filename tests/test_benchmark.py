@@ -155,7 +155,7 @@ def test_a_forecast_is_samples_over_the_end_to_end_rates():
 
 def test_points_are_the_recipes_unless_others_are_asked_for():
     assert benchmark.points(RECIPES["original"]) == [(70, 128, 96), (120, 64, 144)]
-    assert benchmark.points(RECIPES["cpu"]) == [(size, 64, 80) for size in (32, 48, 64)]
+    assert benchmark.points(RECIPES["cpu"]) == [(size, 128, 80) for size in (32, 48, 64)]
     assert benchmark.points(RECIPES["original"], size=96, batch=256) == [(96, 256, 96)]
 
 

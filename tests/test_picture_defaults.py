@@ -17,13 +17,13 @@ from recipes import MOST_PASSES, RECIPES, fit_views
 @pytest.mark.parametrize(
     "name, images, views",
     [
-        ("cpu", 4_000, 20),
-        ("cpu", 5_000, 16),
-        ("cpu", 1_000, 80),
-        ("cpu", 800, 100),
-        ("cpu", 500, MOST_PASSES // 4),
+        ("cpu", 4_000, 14),
+        ("cpu", 5_000, 11),
+        ("cpu", 1_000, 56),
+        ("cpu", 800, 70),
+        ("cpu", 400, MOST_PASSES // 4),
         ("cpu", 40, MOST_PASSES // 4),
-        ("cpu", 50_000, 2),
+        ("cpu", 50_000, 1),
         ("cpu", 1_000_000, 1),
         ("original", 4_000, 20),
         ("original", 200, 20),  # whose epochs are 8,800 passes already
