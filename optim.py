@@ -74,10 +74,10 @@ class Muon(torch.optim.SGD):
         before = (filters.clone(), state["momentum_buffer"].clone()) if overflow is not None else ()
         grad = filters.grad if scale is None else filters.grad.div_(scale)
         momentum = torch.add(grad, state["momentum_buffer"], alpha=decay, out=state["momentum_buffer"])
-        ahead = torch.add(grad, momentum, alpha=decay, out=grad)
+        ahead = grad.add_(momentum, alpha=decay)
         # The order of a matrix's columns is no matter: taken as they lie in memory, nothing has to be copied.
         order = (0, 2, 3, 1) if filters.is_contiguous(memory_format=torch.channels_last) else (0, 1, 2, 3)
-        weights = filters.permute(order).flatten(1)
+        weights = filters.permute(order).view(len(filters), -1)  # a view, as it is written to
         direction = orthogonalise(ahead.permute(order).flatten(1), self.precision)
         weights.mul_(len(weights) ** 0.5 / weights.norm())
         if isinstance(lr, Tensor):  # on the device, so that a captured step reads its present value

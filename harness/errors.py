@@ -88,11 +88,12 @@ def before_imports() -> None:
 
 def _require_readable_matplotlibrc() -> None:
     """End in one line where matplotlib's import would fail at the current folder's settings, which come first."""
-    with contextlib.suppress(OSError):
-        try:
-            Path("matplotlibrc").read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            sys.exit(_fail("matplotlib cannot read this folder's matplotlibrc, which is not UTF-8; rename it"))
+    try:
+        Path("matplotlibrc").read_text(encoding="utf-8")
+    except OSError:  # there is none
+        pass
+    except UnicodeDecodeError:
+        sys.exit(_fail("matplotlib cannot read this folder's matplotlibrc, which is not UTF-8; rename it"))
 
 
 def _report_memory(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

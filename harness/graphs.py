@@ -13,9 +13,8 @@ from torch import Tensor
 from harness.errors import is_out_of_memory, reason
 from harness.machine import Machine
 
-WARM_CALLS = (
-    3  # eager ones before a function is captured: kernels are compiled and chosen, optimisers make their states
-)
+# eager calls before a function is captured: kernels are compiled and chosen, optimisers make their states
+WARM_CALLS = 3
 
 
 class Graphs:

@@ -3,8 +3,6 @@
 After its vision tutorial and its own training script for Imagenette (nbs/examples/train_imagenette.py).
 """
 
-from measure import Epochs, flags  # isort: skip
-
 from fastai.vision.all import (
     Callback,
     ImageDataLoaders,
@@ -19,6 +17,7 @@ from fastai.vision.all import (
     set_seed,
     xresnet18,
 )
+from measure import Epochs, flags
 
 args = flags()
 set_seed(args.seed)

@@ -3,10 +3,9 @@
 RandAugment, erasing, Mixup and CutMix, label smoothing, LAMB with a cosine, an average of the weights.
 """
 
-from measure import Epochs, flags  # isort: skip
-
 import timm
 import torch
+from measure import Epochs, flags
 from timm.data import Mixup, create_loader
 from timm.data.dataset_factory import create_dataset
 from timm.loss import SoftTargetCrossEntropy

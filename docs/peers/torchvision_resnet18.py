@@ -4,9 +4,8 @@ TrivialAugment, erasing, Mixup and CutMix, label smoothing, SGD with a warm-up a
 average of the weights.
 """
 
-from measure import Epochs, flags  # isort: skip
-
 import torch
+from measure import Epochs, flags
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, default_collate
@@ -16,8 +15,8 @@ from torchvision.transforms import v2
 
 args = flags()
 torch.manual_seed(args.seed)
-norm = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-end = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), norm]
+normalise = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+end = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), normalise]
 strong = [v2.RandomResizedCrop(args.size), v2.RandomHorizontalFlip(), v2.TrivialAugmentWide()]
 views = [*strong, *end, v2.RandomErasing(0.1)]
 mix = v2.RandomChoice([v2.MixUp(alpha=0.2, num_classes=10), v2.CutMix(alpha=1.0, num_classes=10)])
