@@ -15,10 +15,6 @@ from scheduler import restart_rate, warmup_cosine_rate
 TTA = ("none", "mirror", "multi")  # see harness.scoring
 NO_LIMIT = 10**12  # parameters: a budget that holds nothing back
 MOST_VIEWS = 10_000
-# what the recipes' views are set for, and beyond how many views of an image in all a small set gains no more
-# (docs/EXPERIMENTS.md, "Folders of few pictures")
-STL10_TRAIN_IMAGES = 4000
-MOST_PASSES = 500
 OLD_NAMES = {"view": "augmentation", "views": "views_per_image"}  # of checkpoints of format 1
 OLD_RULES = {"average_warmup": False}  # what runs followed that were begun before the setting existed
 
@@ -272,16 +268,6 @@ def replace(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
         augmentation=dataclasses.replace(recipe.augmentation, **augmentation),
         **{name: rest[name] for name in Recipe.__dataclass_fields__ if name in rest},
     )
-
-
-def fit_views(recipe: Recipe, images: int) -> Recipe:
-    """The recipe for `images` training images: an epoch has about as many samples as it has of STL-10's 4,000.
-
-    Of few images there are no more than MOST_PASSES views each in all epochs together, unless the recipe has more.
-    """
-    views = round(recipe.views_per_image * STL10_TRAIN_IMAGES / images)
-    most = max(recipe.views_per_image, MOST_PASSES // recipe.epochs)
-    return dataclasses.replace(recipe, views_per_image=max(1, min(views, most, MOST_VIEWS)))
 
 
 def build_network(recipe: Recipe, classes: int) -> ResNet | WideNet:

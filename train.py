@@ -31,11 +31,13 @@ from harness import checkpoint, distributed, scoring
 from harness.channel_padding import with_padded_channels
 from harness.cli import Runtime, default_run_folder, parse_train, train_parser
 from harness.compiled import CompiledForm
+from harness.cost import next_epoch_seconds
 from harness.graphs import Graphs
-from harness.images import identity, load_images, suit_folder
+from harness.images import identity, load_images
 from harness.interrupt import Interrupt, Stopped
 from harness.machine import Machine, start_machine
 from harness.metrics import hits_and_loss
+from harness.picture_defaults import suit_folder
 from harness.progress import Progress
 from harness.run_folder import RunFolder
 from harness.teachers import Teachers, digest, load_teachers
@@ -153,6 +155,7 @@ def train_stages(
                 interrupt.stop_if_signalled()
 
             result = trainer.train_epoch(images, labels, draws, stage, size, after_step)
+        learnt = time.monotonic()
         tta = recipe.tta_at(run.epochs_done)
         val_loss, val_accuracy = trainer.validate(images, labels, val, stage.eval_size, tta)
         run.require_finite(result.losses, result.finite, val_loss)  # nothing of the epoch is committed yet
@@ -171,8 +174,8 @@ def train_stages(
             trainer.state(),
         )
         if run.epochs_done < recipe.epochs:
-            growth = (recipe.crop_size_at(run.epochs_done) / size) ** 2
-            interrupt.stop_if_out_of_time((time.monotonic() - began - progress.cold_seconds) * growth)
+            took = (learnt - began - progress.cold_seconds, time.monotonic() - learnt)
+            interrupt.stop_if_out_of_time(next_epoch_seconds(recipe, run.epochs_done, *took))
     distributed.leave()
 
 

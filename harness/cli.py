@@ -41,7 +41,7 @@ class Runtime:
     max_minutes: float = option("stop at the last epoch end within this time; 0 is no limit", 0.0, low=0.0, high=1e6)
     overwrite: bool = option("start anew in a run folder that holds a run", False)
     tensorboard: bool = option("write the numbers of metrics.csv for TensorBoard too, in the run folder", False)
-    by_default: tuple[str, ...] = ()  # which of recipe and views were not given and are chosen to suit --images
+    by_default: tuple[str, ...] = ()  # which of recipe, views and batch were not given and are chosen to suit --images
 
     def __post_init__(self) -> None:
         check_limits(self)
@@ -135,6 +135,7 @@ def parse_train(argv: list[str] | None = None) -> tuple[Recipe, Runtime]:
     recipe = RECIPES["demo" if demo else name or ("cpu" if "images" in args else "original")]
     chosen = [] if name else ["recipe"]
     chosen += [] if "views_per_image" in args else ["views"]
+    chosen += [] if args.keys() & {"batch", "lr"} else ["batch"]  # a batch and its rate are chosen together
     args["teacher"] = tuple(args.get("teacher", ()))
     try:
         recipe = recipes.replace(recipe, args)

@@ -14,9 +14,7 @@ from harness import demo_shapes, download, picture_folder
 from harness.checkpoint import TrainedNetwork
 from harness.cli import Runtime
 from harness.errors import RunError
-from recipes import DEMO, Recipe, fit_views
-
-UNEQUAL = 3  # times as many pictures in the largest class as in the smallest
+from recipes import DEMO, Recipe
 
 
 class Source(NamedTuple):
@@ -83,22 +81,6 @@ def _require_per_class(least: int, dataset: DataSet, indices: Tensor, need: str)
         if count < least:
             pictures = "one picture only" if count == 1 else f"{count} pictures only"
             raise RunError(f"class {name} has {pictures}; {need}")
-
-
-def suit_folder(recipe: Recipe, runtime: Runtime, dataset: DataSet, train: Tensor, val: Tensor) -> Recipe:
-    """The recipe for a folder of the user's own, its views fitted unless given; prints what was found and chosen."""
-    print(picture_folder.summary(dataset.classes, dataset.labels, train, val))
-    if "recipe" in runtime.by_default:
-        print(f"recipe {recipe.name}, as none is given with --recipe")
-    if "views" in runtime.by_default:
-        recipe = fit_views(recipe, len(train))
-        views = recipe.views_per_image
-        in_all = recipe.epochs * views * len(train)
-        print(f"{views:,} views of each picture an epoch, {in_all:,} in all; --views sets another number")
-    counts = dataset.labels[train].bincount(minlength=len(dataset.classes))
-    if counts.max() >= UNEQUAL * counts.min() and not recipe.balance:
-        print("the classes are unequal: --balance draws each equally often")
-    return recipe
 
 
 def load_test_images(trained: TrainedNetwork, source: Source) -> DataSet:

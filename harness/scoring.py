@@ -21,6 +21,7 @@ TTA = {  # test-time augmentation: the forms of each image whose predictions are
     "mirror": "the image and its mirror image",
     "multi": f"{CROPS}, each with its mirror image",
 }
+FORMS = {"none": 1, "mirror": 2, "multi": 12}  # how many they are
 
 
 def resize(images: Tensor, size: int) -> Tensor:

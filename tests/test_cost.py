@@ -3,8 +3,15 @@
 import pytest
 import torch
 
-from harness import cost
-from harness.cost import forward_gflop, modelled_rates, norm_outputs, seconds_at_rates, step_gflop
+from harness import cost, scoring
+from harness.cost import (
+    forward_gflop,
+    modelled_rates,
+    next_epoch_seconds,
+    norm_outputs,
+    seconds_at_rates,
+    step_gflop,
+)
 from harness.machine import Machine
 from model import build_model
 from recipes import RECIPES
@@ -48,6 +55,30 @@ def test_seconds_follow_the_sizes_within_a_stage():
     rates = {32: 200.0, 48: 90.0, 64: 50.0}
     expected = sum(1 / rates[size] for size in sizes) * 4_000 * recipe.views_per_image
     assert seconds_at_rates(recipe, 4_000, rates) == pytest.approx(expected)
+
+
+def test_the_next_epoch_costs_by_its_pixels_and_the_forms_it_is_scored_in():
+    cpu = RECIPES["cpu"]  # 32, 48, 48 and 64 px; the last epoch scores 12 forms of each image, the others 2
+    assert next_epoch_seconds(cpu, 1, 8.0, 1.0) == pytest.approx(8 * 2.25 + 1)
+    assert next_epoch_seconds(cpu, 2, 8.0, 1.0) == pytest.approx(8 + 1)
+    assert next_epoch_seconds(cpu, 3, 9.0, 1.0) == pytest.approx(9 * 16 / 9 + 6)
+    original = RECIPES["original"]  # from 70 px, scored at 96, to 120 px, scored at 144
+    assert next_epoch_seconds(original, 300, 49.0, 4.0) == pytest.approx(144 + 9)
+
+
+def test_the_forms_that_are_counted_are_those_that_are_scored():
+    class Counter(torch.nn.Module):
+        images = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.images += len(x)
+            return x.mean((2, 3))
+
+    for tta, forms in scoring.FORMS.items():
+        model = Counter()
+        scoring.tta_logits(model, torch.zeros(5, 3, 96, 96, dtype=torch.uint8), 64, tta)
+        assert model.images == 5 * forms
+    assert scoring.FORMS.keys() == scoring.TTA.keys()
 
 
 def test_the_rates_before_any_measurement_are_arithmetic(monkeypatch: pytest.MonkeyPatch):

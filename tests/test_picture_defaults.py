@@ -11,7 +11,8 @@ from data import balanced_indices, split_indices
 from harness import checkpoint
 from harness.cli import parse_train
 from harness.errors import RunError
-from recipes import MOST_PASSES, RECIPES, fit_views
+from harness.picture_defaults import LEAST_BATCH, LEAST_STEPS, MOST_PASSES, fit_batches, fit_views
+from recipes import RECIPES
 
 
 @pytest.mark.parametrize(
@@ -54,11 +55,41 @@ def test_an_epoch_is_as_long_as_on_stl10_unless_it_repeats_too_often(name):
             assert ratio < 1.5
 
 
-def test_recipe_and_views_are_chosen_for_pictures_only_and_only_unless_given():
+@pytest.mark.parametrize(
+    "name, images, batches",
+    [
+        ("cpu", 4_000, [128]),
+        ("cpu", 160, [128]),  # 625 steps
+        ("cpu", 150, [64]),
+        ("cpu", 50, [32]),  # 781 steps
+        ("cpu", 4, [32]),
+        ("original", 4, [32, 32]),
+        ("original", 200, [128, 64]),
+        ("demo", 1_200, [64, 32]),
+    ],
+)
+def test_batches_that_leave_enough_steps(name, images, batches):
+    recipe = fit_views(RECIPES[name], images)
+    fitted = fit_batches(recipe, images)
+    assert [stage.batch for stage in fitted.stages] == batches
+    for before, after in zip(recipe.stages, fitted.stages, strict=True):
+        steps = [recipe.views_per_image * images * stage.epochs / stage.batch for stage in (before, after)]
+        assert after.batch == before.batch or steps[0] < LEAST_STEPS
+        assert steps[1] >= LEAST_STEPS or after.batch == LEAST_BATCH
+        assert after.lr == pytest.approx(before.lr * (after.batch / before.batch) ** 0.5)
+        assert (after.epochs, after.crop_size, after.eval_size) == (before.epochs, before.crop_size, before.eval_size)
+
+
+@pytest.mark.parametrize("world, batch", [(1, 32), (8, 32), (64, 64), (128, 128)])
+def test_fitted_batches_can_be_shared_equally(world, batch):
+    assert fit_batches(fit_views(RECIPES["cpu"], 50), 50, world).stages[0].batch == batch
+
+
+def test_recipe_views_and_batches_are_chosen_for_pictures_only_and_only_unless_given():
     assert parse_train([])[0].name == "original" and parse_train([])[1].by_default == ()
     recipe, runtime = parse_train(["--images", "x"])
-    assert recipe == RECIPES["cpu"] and runtime.by_default == ("recipe", "views")
-    recipe, runtime = parse_train(["--images", "x", "--recipe", "original", "--views", "3"])
+    assert recipe == RECIPES["cpu"] and runtime.by_default == ("recipe", "views", "batch")
+    recipe, runtime = parse_train(["--images", "x", "--recipe", "original", "--views", "3", "--lr", "0.1", "0.1"])
     assert (recipe.name, recipe.views_per_image, runtime.by_default) == ("original", 3, ())
 
 
@@ -94,6 +125,22 @@ def test_recipe_by_default_is_said(tmp_path, empty_plots, capsys):
     images = fill(tmp_path / "set", 5)
     assert train.main([*tiny, "--images", str(images), "--out", str(tmp_path / "run")]) == 0
     assert "recipe cpu, as none is given with --recipe\n" in capsys.readouterr().out
+
+
+def test_batches_by_default_are_said_and_stored(tmp_path, empty_plots, capsys):
+    images = fill(tmp_path / "set", 12)
+    tiny = "--recipe demo --views 3 --epochs 1 2 --crop-size 32 32 --eval-size 32 32 --planes 2 2 2 --threads 1".split()
+    command = [*tiny, "--images", str(images), "--image-size", "32", "--out", str(tmp_path / "run")]
+    assert train.main(command) == 0
+    said = capsys.readouterr().out.splitlines()
+    chosen = "batches of 32 at rate 0.00566 and 32 at rate 0.00283"
+    assert f"{chosen}, as there are few pictures; --batch and --lr set others" in said
+    stages = json.loads((tmp_path / "run" / "config.json").read_text())["recipe"]["stages"]
+    assert [(stage["batch"], round(stage["lr"], 5)) for stage in stages] == [(32, 0.00566), (32, 0.00283)]
+    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[1:]
+    assert len(rows) == 3 and checkpoint.load_network(tmp_path / "run").recipe.stages[1].batch == 32
+    with pytest.raises(RunError, match="batch of stage 1 was 32, now 16"):
+        train.main([*command, "--batch", "16", "16"])
 
 
 @pytest.mark.parametrize("counts", [(100, 10, 90), (1, 1, 50), (7, 7, 7)])

@@ -1,0 +1,66 @@
+"""What suits a folder of the user's own pictures: views and batches of a recipe made for STL-10, unless given."""
+
+import dataclasses
+import math
+
+from torch import Tensor
+
+from data import DataSet
+from harness import distributed, picture_folder
+from harness.cli import Runtime
+from recipes import MOST_VIEWS, Recipe
+
+STL10_TRAIN_IMAGES = 4000  # what the recipes' views are set for
+# Of a small set, beyond how many views of a picture in all nothing is gained, how few steps are too few, and how small
+# a batch may become (docs/EXPERIMENTS.md, "Folders of few pictures").
+MOST_PASSES = 500
+LEAST_STEPS = 600
+LEAST_BATCH = 32
+UNEQUAL = 3  # times as many pictures in the largest class as in the smallest
+
+
+def suit_folder(recipe: Recipe, runtime: Runtime, dataset: DataSet, train: Tensor, val: Tensor) -> Recipe:
+    """The recipe for a folder of the user's own, fitted where nothing is given; says what was found and chosen."""
+    print(picture_folder.summary(dataset.classes, dataset.labels, train, val))
+    if "recipe" in runtime.by_default:
+        print(f"recipe {recipe.name}, as none is given with --recipe")
+    if "views" in runtime.by_default:
+        recipe = fit_views(recipe, len(train))
+        views = recipe.views_per_image
+        in_all = recipe.epochs * views * len(train)
+        print(f"{views:,} views of each picture an epoch, {in_all:,} in all; --views sets another number")
+    if "batch" in runtime.by_default:
+        usual, recipe = recipe, fit_batches(recipe, len(train), distributed.rank_and_world()[1])
+        if recipe != usual:
+            batches = " and ".join(f"{stage.batch} at rate {stage.lr:.3g}" for stage in recipe.stages if stage.epochs)
+            print(f"batches of {batches}, as there are few pictures; --batch and --lr set others")
+    counts = dataset.labels[train].bincount(minlength=len(dataset.classes))
+    if counts.max() >= UNEQUAL * counts.min() and not recipe.balance:
+        print("the classes are unequal: --balance draws each equally often")
+    return recipe
+
+
+def fit_views(recipe: Recipe, images: int) -> Recipe:
+    """The recipe for `images` training images: an epoch has about as many samples as it has of STL-10's 4,000.
+
+    Of few images there are no more than MOST_PASSES views each in all epochs together, unless the recipe has more.
+    """
+    views = round(recipe.views_per_image * STL10_TRAIN_IMAGES / images)
+    most = max(recipe.views_per_image, MOST_PASSES // recipe.epochs)
+    return dataclasses.replace(recipe, views_per_image=max(1, min(views, most, MOST_VIEWS)))
+
+
+def fit_batches(recipe: Recipe, images: int, world: int = 1) -> Recipe:
+    """The recipe with batches that leave enough steps of `images` training images, whose views are fitted already.
+
+    A stage's batch is halved, down to LEAST_BATCH, until it has LEAST_STEPS steps; each time its rate falls by √2.
+    `world` processes can share each batch equally.
+    """
+    stages = list(recipe.stages)
+    for index, stage in enumerate(stages):
+        samples = stage.epochs * recipe.views_per_image * images
+        batch, lr = stage.batch, stage.lr
+        while samples < LEAST_STEPS * batch and batch >= 2 * LEAST_BATCH and batch % (2 * world) == 0:
+            batch, lr = batch // 2, lr / math.sqrt(2)
+        stages[index] = dataclasses.replace(stage, batch=batch, lr=lr)
+    return dataclasses.replace(recipe, stages=tuple(stages))
