@@ -112,6 +112,9 @@ class Recipe:
     cosine_stem: bool = option(
         "wide: the stem is a cosine transform that does not learn, and further convolutions start as identities", False
     )
+    mirrored: bool = option(
+        "wide: half of the filters are the mirror images of the others, which takes half the parameters", False
+    )
     last_pool: bool = option("wide: halve the last group's maps too; without, they are finer and cost more", True)
 
     optimizer: str = option(
@@ -158,6 +161,10 @@ class Recipe:
             raise ValueError(f"cosine_stem is a part of network wide: for {self.network} add --no-cosine-stem")
         if not self.last_pool and self.network != "wide":
             raise ValueError(f"last_pool is a part of network wide: for {self.network} add --last-pool")
+        if self.mirrored and self.network != "wide":
+            raise ValueError(f"mirrored is a part of network wide: for {self.network} add --no-mirrored")
+        if self.mirrored and (self.planes[0] % 4 or any(width % 2 for width in self.planes)):
+            raise ValueError("planes of a mirrored network are even, the first a multiple of 4; or add --no-mirrored")
         if self.fold is not None and self.train_on == "all":
             raise ValueError("fold and train_on all exclude each other: a fold says which images to train on")
         if self.mix_until < 1 and not self.augmentation.mixes:
@@ -274,11 +281,13 @@ def build_network(recipe: Recipe, classes: int) -> ResNet | WideNet:
     """The network that a recipe describes. Raises ValueError if it is over the recipe's parameter budget."""
     way_out = "give smaller --layers or --planes, or a larger --budget"
     least = sum(9 * blocks * width**2 for blocks, width in zip(recipe.layers, recipe.planes, strict=True))
+    least //= 2 if recipe.mirrored else 1
     if least > recipe.budget:  # in the 3×3 convolutions alone; checked before any memory is asked for
         raise ValueError(
             f"the network has over {least:,} parameters, more than the budget of {recipe.budget:,}: {way_out}"
         )
-    only_wide = {"cosine_stem": recipe.cosine_stem, "last_pool": recipe.last_pool} if recipe.network == "wide" else {}
+    names = ("cosine_stem", "last_pool", "mirrored") if recipe.network == "wide" else ()
+    only_wide = {name: getattr(recipe, name) for name in names}
     try:
         return build_model(
             recipe.layers,
@@ -302,27 +311,28 @@ ORIGINAL = Recipe(
         Stage(epochs=140, crop_size=(120,), eval_size=144, batch=64, lr=5e-4),
     ),
 )
-# Milder views, small crops first, a network whose arithmetic keeps the cores busy and whose stem need not be learnt,
-# and Muon, which learns from half the samples. `train.py --recipe cpu`: 0.22 million samples, about six minutes of two
-# CPU cores with bf16; 84.4 % on average over ten seeds. Why each of them: docs/EXPERIMENTS.md.
+# Milder views, small crops first, a network whose arithmetic keeps the cores busy, whose filters are pairs of mirror
+# images and whose stem need not be learnt, and Muon. `train.py --recipe cpu`: 0.11 million samples, about six minutes of
+# two CPU cores with bf16. Why each of them: docs/EXPERIMENTS.md.
 CPU = Recipe(
     name="cpu",
     stages=(Stage(epochs=4, crop_size=(32, 48, 48, 64), eval_size=80, batch=128, lr=0.5),),
     augmentation=AUGMENTATIONS["mild"],
-    views_per_image=14,
+    views_per_image=7,
     network="wide",
     layers=(2, 2, 2),
-    planes=(64, 160, 224),
+    planes=(96, 224, 320),
     cosine_stem=True,
+    mirrored=True,
     optimizer="muon",
     weight_decay=5e-4,
     decay_norms=False,
     schedule="cosine",
     label_smoothing=0.1,
-    average=0.995,
+    average=0.99,
     tta="multi",
 )
-# Finer maps, larger crops, stronger views, CutMix. `train.py --recipe cpu-long`: 1.9 million samples, an hour of two
+# A plain network, finer maps, larger crops, stronger views, CutMix. `train.py --recipe cpu-long`: 1.9 million samples, an hour of two
 # cores with bf16, or some eight hours of others; 88.5 % (one seed).
 CPU_LONG = dataclasses.replace(
     CPU,
@@ -330,6 +340,8 @@ CPU_LONG = dataclasses.replace(
     stages=(Stage(epochs=24, crop_size=(48, 48, 64, 64, 80, 80, 80, 96), eval_size=128, batch=64, lr=0.2),),
     augmentation=AUGMENTATIONS["strong"],
     views_per_image=20,
+    planes=(64, 160, 224),
+    mirrored=False,
     last_pool=False,
     average=0.999,
     tta="mirror",

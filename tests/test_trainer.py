@@ -24,6 +24,7 @@ RECIPE = dataclasses.replace(
     layers=(1, 1, 1),
     planes=(4, 8, 8),
     cosine_stem=False,
+    mirrored=False,
     zero_init_residual=True,
     optimizer="sgd",
     views_per_image=1,
@@ -184,9 +185,10 @@ def test_an_epoch_neither_draws_from_the_global_generator_nor_depends_on_it():
     assert torch.equal(result.losses, again.losses)
 
 
+@pytest.mark.parametrize("mirrored", [True, False])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_a_cosine_stem_does_not_learn_and_everything_else_does(optimizer: str):
-    changes = {"network": "wide", "cosine_stem": True, "optimizer": optimizer}
+def test_a_cosine_stem_does_not_learn_and_everything_else_does(optimizer: str, mirrored: bool):
+    changes = {"network": "wide", "cosine_stem": True, "optimizer": optimizer, "mirrored": mirrored}
     trainer, _ = trained(**changes)
     with torch.random.fork_rng():
         torch.manual_seed(RECIPE.seed)
