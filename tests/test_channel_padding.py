@@ -86,13 +86,15 @@ def test_training_is_that_of_the_plain_network(optimizer: str):
 
 def test_the_stem_with_most_filters_has_a_twin_too():
     """The wider twin's would have more than there are."""
-    recipe = dataclasses.replace(RECIPES["cpu-long"], layers=(1, 1, 1), planes=(193, 32, 32))
+    recipe = dataclasses.replace(RECIPES["cpu"], layers=(1, 1, 1), planes=(193, 32, 32))
     assert isinstance(Trainer(recipe, 10, PLAIN).form.net, PaddedChannels)
 
 
 def test_a_mirrored_network_is_left_alone():
     """Zeros between its halves of channels would be taken for mirror images."""
-    trainer = Trainer(dataclasses.replace(RECIPES["cpu"], layers=(1, 1, 1), planes=(60, 60, 60)), 10, PLAIN)
+    trainer = Trainer(
+        dataclasses.replace(RECIPES["cpu"], layers=(1, 1, 1), planes=(60, 60, 60), mirrored=True), 10, PLAIN
+    )
     assert trainer.form.net is trainer.net
 
 

@@ -93,10 +93,10 @@ def test_parts_of_the_wide_network_are_refused_for_the_other(flag, way_out, caps
 
 def test_odd_planes_of_a_mirrored_network_are_refused(capsys):
     with pytest.raises(SystemExit) as stop:
-        parse_train(["--recipe", "cpu", "--planes", "30", "32", "32"])
+        parse_train(["--recipe", "cpu", "--mirrored", "--planes", "30", "32", "32"])
     assert stop.value.code == 2
-    assert "a multiple of 4; or add --no-mirrored\n" in capsys.readouterr().err
-    parse_train(["--recipe", "cpu", "--planes", "30", "32", "32", "--no-mirrored"])
+    assert "a multiple of 4, or add --no-mirrored\n" in capsys.readouterr().err
+    parse_train(["--recipe", "cpu", "--mirrored", "--planes", "32", "30", "32"])
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,11 @@ from recipes import RECIPES
 @pytest.mark.parametrize(
     "name, images, views",
     [
-        ("cpu", 4_000, 7),
-        ("cpu", 5_000, 6),
-        ("cpu", 1_000, 28),
-        ("cpu", 800, 35),
-        ("cpu", 200, MOST_PASSES // 4),
+        ("cpu", 4_000, 14),
+        ("cpu", 5_000, 11),
+        ("cpu", 1_000, 56),
+        ("cpu", 800, 70),
+        ("cpu", 400, MOST_PASSES // 4),
         ("cpu", 40, MOST_PASSES // 4),
         ("cpu", 50_000, 1),
         ("cpu", 1_000_000, 1),
@@ -120,7 +120,7 @@ def test_what_is_found_and_chosen_is_said_and_stored(tmp_path, empty_plots, caps
 
 def test_recipe_by_default_is_said(tmp_path, empty_plots, capsys):
     tiny = (
-        "--epochs 1 --batch 8 --crop-size 32 --eval-size 32 --views 1 --layers 1 1 1 --planes 4 4 4 --threads 1".split()
+        "--epochs 1 --batch 8 --crop-size 32 --eval-size 32 --views 1 --layers 1 1 1 --planes 2 2 2 --threads 1".split()
     )
     images = fill(tmp_path / "set", 5)
     assert train.main([*tiny, "--images", str(images), "--out", str(tmp_path / "run")]) == 0

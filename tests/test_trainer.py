@@ -24,7 +24,6 @@ RECIPE = dataclasses.replace(
     layers=(1, 1, 1),
     planes=(4, 8, 8),
     cosine_stem=False,
-    mirrored=False,
     zero_init_residual=True,
     optimizer="sgd",
     views_per_image=1,
