@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from itertools import product
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 PARAMETER_BUDGET = 2_000_000
@@ -160,80 +159,20 @@ class ResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-class MirroredConv2d(nn.Conv2d):
-    """A convolution whose filters are pairs of mirror images, so that it commutes with mirroring (arXiv 1602.07576).
-
-    It learns half of its filters, weight (out/2, in, k, k), which give the first half of the channels; the second half
-    are those of their mirror images. `mirror`, int64 (in,), tells which input channel holds the mirror image of each.
-    So the maps of a mirrored image are the image's maps, mirrored, with their halves exchanged; on maps of an odd side
-    nearly so once a pool or a stride has passed over the last column.
-    """
-
-    def __init__(self, inplanes: int, planes: int, size: int, mirror: Tensor, stride: int = 1) -> None:
-        super().__init__(inplanes, planes // 2, size, stride, padding=1, bias=False)
-        self.register_buffer("mirror", mirror, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        mirrored = self.weight.index_select(1, self.mirror).flip(-1)
-        filters = torch.cat([self.weight, mirrored]).contiguous(memory_format=torch.channels_last)
-        return F.conv2d(x, filters, None, self.stride, self.padding)
-
-
-class MirroredNorm2d(nn.BatchNorm2d):
-    """BatchNorm of maps of which channel `mirror[i]` holds the mirror image of channel i, int64 (channels,).
-
-    The channels' halves share weight and bias, (channels/2,) each. In eval mode mirror images share their statistics.
-    """
-
-    def __init__(self, channels: int, mirror: Tensor) -> None:
-        super().__init__(channels)
-        self.weight, self.bias = (nn.Parameter(value.detach()[: channels // 2]) for value in (self.weight, self.bias))
-        self.register_buffer("mirror", mirror, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        statistics = [self.running_mean, self.running_var]
-        if self.training:
-            self.num_batches_tracked.add_(1)
-        else:
-            statistics = [(value + value[self.mirror]) / 2 for value in statistics]
-        affine = (self.weight.repeat(2), self.bias.repeat(2))
-        return F.batch_norm(x, *statistics, *affine, self.training, self.momentum, self.eps)
-
-
-def exchanged_halves(channels: int) -> Tensor:
-    """int64 (channels,): where the mirror image of each channel is, of maps that a `MirroredConv2d` has made."""
-    return torch.arange(channels).roll(channels // 2)
-
-
-def _conv(inplanes: int, planes: int, mirror: Tensor | None) -> nn.Conv2d:
-    if mirror is None:
-        return nn.Conv2d(inplanes, planes, 3, padding=1, bias=False)
-    return MirroredConv2d(inplanes, planes, 3, mirror)
-
-
-def _norm(channels: int, mirror: Tensor | None) -> nn.BatchNorm2d:
-    return nn.BatchNorm2d(channels) if mirror is None else MirroredNorm2d(channels, mirror)
-
-
 class WideGroup(nn.Module):
     """3×3 convolution, 2×2 max-pool, norm, rectifier; then `layers` 3×3 convolutions with norms beside a shortcut.
 
     Maps (N, inplanes, H, W) to (N, planes, H/2, W/2), halves rounded down; without `pool` to (N, planes, H, W).
-    With `mirror` all convolutions are mirrored; it tells which input channel holds the mirror image of each.
     """
 
-    def __init__(
-        self, inplanes: int, planes: int, layers: int, pool: bool = True, mirror: Tensor | None = None
-    ) -> None:
+    def __init__(self, inplanes: int, planes: int, layers: int, pool: bool = True) -> None:
         super().__init__()
-
-        within = None if mirror is None else exchanged_halves(planes)
-        self.conv = _conv(inplanes, planes, mirror)
+        self.conv = nn.Conv2d(inplanes, planes, 3, padding=1, bias=False)
         self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
-        self.bn = _norm(planes, within)
+        self.bn = nn.BatchNorm2d(planes)
         self.relu = nn.LeakyReLU(SLOPE, inplace=True)
-        self.convs = nn.ModuleList(_conv(planes, planes, within) for _ in range(layers))
-        self.bns = nn.ModuleList(_norm(planes, within) for _ in range(layers))
+        self.convs = nn.ModuleList(nn.Conv2d(planes, planes, 3, padding=1, bias=False) for _ in range(layers))
+        self.bns = nn.ModuleList(nn.BatchNorm2d(planes) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x = self.relu(self.bn(self.pool(self.conv(x))))
@@ -258,9 +197,7 @@ class WideNet(nn.Module):
     so that the first step already distinguishes colours and edges (the idea is that of arXiv 2404.00498, where the
     principal directions of the images' patches are taken: of STL-10's views they span the same space to 99 %).
     `last_pool`: whether the last group halves its maps too; without it, its further convolutions see four times as many
-    pixels, which makes a third more arithmetic in recipe `cpu`. `mirrored`: convolutions and norms after the stem, and
-    the head, treat an image and its mirror image alike: half the parameters for the same arithmetic. It needs an even
-    number of channels in each group, and of the stem's.
+    pixels, which makes a third more arithmetic in recipe `cpu`.
 
     Takes float images (N, 3, H, W) from 32 px up, normalised; gives logits (N, num_classes).
     Raises ValueError for options out of range, and for smaller inputs.
@@ -274,35 +211,22 @@ class WideNet(nn.Module):
         planes: Sequence[int] = (64, 256, 256),
         cosine_stem: bool = False,
         last_pool: bool = True,
-        mirrored: bool = False,
     ) -> None:
         super().__init__()
         _check_groups(layers, planes)
         stem = max(planes[0] // 2, 1)
-        if mirrored and any(count % 2 for count in (stem, *planes)):
-            raise ValueError(f"planes of a mirrored network are even, the first a multiple of 4, not {tuple(planes)}")
-        self.mirrored = mirrored
         self.conv1 = nn.Conv2d(3, stem, 4, stride=2, padding=1, bias=False)
-        if mirrored and not cosine_stem:
-            self.conv1 = MirroredConv2d(3, stem, 4, torch.arange(3), stride=2)
-        mirrors: list[Tensor | None] = [None] * 3
-        if mirrored:
-            mirrors = [mirrored_cosines(stem) if cosine_stem else exchanged_halves(stem)]
-            mirrors += map(exchanged_halves, planes[:-1])
-        self.bn1 = _norm(stem, mirrors[0])
+        self.bn1 = nn.BatchNorm2d(stem)
         self.relu = nn.LeakyReLU(SLOPE, inplace=True)
         widths = zip((stem, *planes[:-1]), planes, layers, strict=True)
         pools = (True, True, last_pool)
-        groups = (WideGroup(*width, *rest) for width, *rest in zip(widths, pools, mirrors, strict=True))
-        self.groups = nn.Sequential(*groups)
-        self.fc = nn.Linear(planes[-1] // 2 if mirrored else planes[-1], num_classes)
+        self.groups = nn.Sequential(*(WideGroup(*width, pool) for width, pool in zip(widths, pools, strict=True)))
+        self.fc = nn.Linear(planes[-1], num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if cosine_stem and module is not self.conv1:
-                    # of mirrored maps that the stem has not made, the second halves pass by the mirrored filters
-                    half = mirrored and module is not self.groups[0].conv
-                    nn.init.dirac_(module.weight.detach()[: module.in_channels // 2 if half else module.in_channels])
+                    nn.init.dirac_(module.weight.detach()[: module.in_channels])
             elif zero_init_residual and isinstance(module, WideGroup):
                 nn.init.zeros_(module.bns[-1].weight)
         if cosine_stem:
@@ -311,10 +235,8 @@ class WideNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _check_input(x)
-        x = self.groups(self.relu(self.bn1(self.conv1(x)))).mean((2, 3))
-        if self.mirrored:
-            x = x.unflatten(1, (2, -1)).mean(1)  # a map and its mirror image have one mean
-        return self.fc(x)
+        x = self.groups(self.relu(self.bn1(self.conv1(x))))
+        return self.fc(x.mean((2, 3)))
 
 
 def cosine_filters(count: int) -> Tensor:
@@ -331,24 +253,9 @@ def cosine_filters(count: int) -> Tensor:
     waves = torch.cos(math.pi / 4 * (place + 0.5) * place[:, None])
     axes = torch.tensor([[1.0, 1, 1], [1, 0, -1], [1, -2, 1]])
     waves, axes = (rows / rows.norm(dim=1, keepdim=True) for rows in (waves, axes))
-    order = _cosine_order()[: math.ceil(count / 2)]
-    half = [torch.einsum("c,y,x->cyx", axes[a], waves[i], waves[j]) for a, i, j in order]
+    order = sorted(product(range(3), range(4), range(4)), key=lambda n: sum(n[1:]) + (2 if n[0] else 0))
+    half = [torch.einsum("c,y,x->cyx", axes[a], waves[i], waves[j]) for a, i, j in order[: math.ceil(count / 2)]]
     return torch.cat([torch.stack(half), -torch.stack(half)])[:count]
-
-
-def mirrored_cosines(count: int) -> Tensor:
-    """int64 (count,), count even: which of `cosine_filters` is the mirror image of each.
-
-    Across the image, waves of even frequency are their own mirror images, and the others' are their negatives.
-    """
-    half = torch.arange(count // 2)
-    odd = torch.tensor([across % 2 for _, _, across in _cosine_order()[: count // 2]])
-    return torch.cat([half + odd * (count // 2), half + (1 - odd) * (count // 2)])
-
-
-def _cosine_order() -> list[tuple[int, int, int]]:
-    """(axis of colour, frequency down, frequency across) of all 48 waves, in the order of `cosine_filters`."""
-    return sorted(product(range(3), range(4), range(4)), key=lambda n: sum(n[1:]) + (2 if n[0] else 0))
 
 
 def _check_groups(layers: Sequence[int], planes: Sequence[int]) -> None:

@@ -112,9 +112,6 @@ class Recipe:
     cosine_stem: bool = option(
         "wide: the stem is a cosine transform that does not learn, and further convolutions start as identities", False
     )
-    mirrored: bool = option(
-        "wide: half of the filters are the mirror images of the others, which takes half the parameters", False
-    )
     last_pool: bool = option("wide: halve the last group's maps too; without, they are finer and cost more", True)
 
     optimizer: str = option(
@@ -161,10 +158,6 @@ class Recipe:
             raise ValueError(f"cosine_stem is a part of network wide: for {self.network} add --no-cosine-stem")
         if not self.last_pool and self.network != "wide":
             raise ValueError(f"last_pool is a part of network wide: for {self.network} add --last-pool")
-        if self.mirrored and self.network != "wide":
-            raise ValueError(f"mirrored is a part of network wide: for {self.network} add --no-mirrored")
-        if self.mirrored and (self.planes[0] % 4 or any(width % 2 for width in self.planes)):
-            raise ValueError("planes of a mirrored network are even, the first a multiple of 4, or add --no-mirrored")
         if self.fold is not None and self.train_on == "all":
             raise ValueError("fold and train_on all exclude each other: a fold says which images to train on")
         if self.mix_until < 1 and not self.augmentation.mixes:
@@ -281,13 +274,11 @@ def build_network(recipe: Recipe, classes: int) -> ResNet | WideNet:
     """The network that a recipe describes. Raises ValueError if it is over the recipe's parameter budget."""
     way_out = "give smaller --layers or --planes, or a larger --budget"
     least = sum(9 * blocks * width**2 for blocks, width in zip(recipe.layers, recipe.planes, strict=True))
-    least //= 2 if recipe.mirrored else 1
     if least > recipe.budget:  # in the 3×3 convolutions alone; checked before any memory is asked for
         raise ValueError(
             f"the network has over {least:,} parameters, more than the budget of {recipe.budget:,}: {way_out}"
         )
-    names = ("cosine_stem", "last_pool", "mirrored") if recipe.network == "wide" else ()
-    only_wide = {name: getattr(recipe, name) for name in names}
+    only_wide = {"cosine_stem": recipe.cosine_stem, "last_pool": recipe.last_pool} if recipe.network == "wide" else {}
     try:
         return build_model(
             recipe.layers,

@@ -71,8 +71,7 @@ def tta_logits(
 ) -> Tensor:
     """`logits` averaged over the forms of each image that `TTA` names, the whole image at `size` px.
 
-    Crops are scored at their share of `size`, so that objects have the size that they have in the whole image. To a
-    mirrored network, which answers alike, mirror images are not shown.
+    Crops are scored at their share of `size`, so that objects have the size that they have in the whole image.
     """
     parts = [(images, size)]
     if tta == "multi":
@@ -82,8 +81,7 @@ def tta_logits(
         places = [(0, 0), (0, right), (down, 0), (down, right), (down // 2, right // 2)]
         cropped = max(round(size * CROP), SMALLEST_INPUT)
         parts += [(images[:, :, top : top + h, left : left + w], cropped) for top, left in places]
-    mirror = tta != "none" and not getattr(model, "mirrored", False)
-    scores = [logits(model, part, side, mirror=mirror, precision=precision) for part, side in parts]
+    scores = [logits(model, part, side, mirror=tta != "none", precision=precision) for part, side in parts]
     return average(scores) if len(scores) > 1 else scores[0]
 
 

@@ -90,14 +90,6 @@ def test_the_stem_with_most_filters_has_a_twin_too():
     assert isinstance(Trainer(recipe, 10, PLAIN).form.net, PaddedChannels)
 
 
-def test_a_mirrored_network_is_left_alone():
-    """Zeros between its halves of channels would be taken for mirror images."""
-    trainer = Trainer(
-        dataclasses.replace(RECIPES["cpu"], layers=(1, 1, 1), planes=(60, 60, 60), mirrored=True), 10, PLAIN
-    )
-    assert trainer.form.net is trainer.net
-
-
 @pytest.mark.parametrize("network", [{"planes": (8, 8, 8)}, {"planes": (16, 32, 48)}])
 def test_widths_that_fit_already_are_left_alone(network: dict[str, Any]):
     trainer = Trainer(dataclasses.replace(RECIPES["original"], layers=(1, 1, 1), **network), 10, PLAIN)

@@ -79,24 +79,13 @@ def test_flags_that_cannot_be_are_one_sentence_with_status_2(flags, sentence, ca
     assert last.startswith("train.py: error: ") and last.endswith(sentence)
 
 
-@pytest.mark.parametrize(
-    "flag, way_out",
-    [("--cosine-stem", "--no-cosine-stem"), ("--no-last-pool", "--last-pool"), ("--mirrored", "--no-mirrored")],
-)
+@pytest.mark.parametrize("flag, way_out", [("--cosine-stem", "--no-cosine-stem"), ("--no-last-pool", "--last-pool")])
 def test_parts_of_the_wide_network_are_refused_for_the_other(flag, way_out, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_train([flag])
     assert stop.value.code == 2
     assert f"is a part of network wide: for bottleneck add {way_out}\n" in capsys.readouterr().err
-    parse_train([flag, "--network", "wide", "--layers", "1", "1", "1", "--planes", "32", "32", "32"])
-
-
-def test_odd_planes_of_a_mirrored_network_are_refused(capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse_train(["--recipe", "cpu", "--mirrored", "--planes", "30", "32", "32"])
-    assert stop.value.code == 2
-    assert "a multiple of 4, or add --no-mirrored\n" in capsys.readouterr().err
-    parse_train(["--recipe", "cpu", "--mirrored", "--planes", "32", "30", "32"])
+    parse_train([flag, "--network", "wide", "--layers", "1", "1", "1"])
 
 
 @pytest.mark.parametrize(

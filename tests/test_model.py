@@ -7,16 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import Bottleneck as TorchvisionBottleneck
 
-from model import (
-    PARAMETER_BUDGET,
-    SLOPE,
-    Bottleneck,
-    ResNet,
-    build_model,
-    cosine_filters,
-    count_parameters,
-    mirrored_cosines,
-)
+from model import PARAMETER_BUDGET, SLOPE, Bottleneck, ResNet, build_model, cosine_filters, count_parameters
 
 SMALL = {"layers": (1, 2, 1), "planes": (4, 6, 8)}
 WIDE = {"kind": "wide", **SMALL}
@@ -136,64 +127,6 @@ def test_wide_network_is_its_table_written_out(last_pool: bool):
         assert y.shape[1] == planes and len(group.convs) == layers
     expected = y.mean((2, 3)) @ model.fc.weight.T + model.fc.bias
     torch.testing.assert_close(model(x), expected)
-
-
-@pytest.mark.parametrize("cosine_stem", [True, False])
-@pytest.mark.parametrize("last_pool", [True, False])
-def test_mirrored_network_answers_a_mirror_image_alike_and_its_maps_are_mirrored(cosine_stem: bool, last_pool: bool):
-    torch.manual_seed(0)
-    options = {"layers": (1, 2, 1), "planes": (12, 6, 10), "cosine_stem": cosine_stem, "last_pool": last_pool}
-    model = build_model(kind="wide", mirrored=True, **options)
-    for p in model.parameters():
-        if p.requires_grad:  # the cosine stem stays what it is
-            nn.init.normal_(p, std=0.3)
-    x = torch.randn(3, 3, 64, 48)
-    for _ in range(3):
-        model.train()(torch.randn(8, 3, 32, 32) + 0.3)  # statistics of its own, not symmetrical
-    maps = []
-    for group in model.eval().groups:
-        group.register_forward_hook(lambda module, inputs, output: maps.append(output))
-    answers, mirrored = model(x), model(x.flip(-1))
-    assert answers.std() > 0.1
-    torch.testing.assert_close(mirrored, answers, rtol=1e-4, atol=1e-4)
-    for before, after in zip(maps[:3], maps[3:], strict=True):
-        torch.testing.assert_close(after, before.flip(-1).roll(before.shape[1] // 2, 1), rtol=1e-4, atol=1e-4)
-        assert (after - before.flip(-1)).abs().max() > 0.01  # halves differ: mirrored filters are others
-
-
-def test_mirrored_network_is_a_plain_one_with_its_filters_written_out():
-    torch.manual_seed(0)
-    options = {"layers": (1, 2, 1), "planes": (4, 6, 8)}
-    model, plain = (build_model(kind="wide", mirrored=mirrored, **options) for mirrored in (True, False))
-    with_random_norms(model)
-    full = {}
-    for name, value in model.state_dict().items():
-        if name.endswith(("mean", "var")):  # of mirror images: one statistic, the mean of both
-            value = (value + value.roll(len(value) // 2)) / 2
-        elif value.ndim == 4:
-            inputs = value if name == "conv1.weight" else value.roll(value.shape[1] // 2, 1)
-            value = torch.cat([value, inputs.flip(-1)])
-        elif name == "fc.weight":
-            value = torch.cat([value, value], 1) / 2
-        elif value.ndim and name != "fc.bias":  # a norm's weight and bias
-            value = torch.cat([value, value])
-        full[name] = value
-    plain.load_state_dict(full)
-    x = torch.randn(2, 3, 70, 37)
-    torch.testing.assert_close(model(x), plain.eval()(x))
-    assert 1.9 < count_parameters(plain) / count_parameters(model) < 2.1
-
-
-def test_mirrored_cosines_are_the_mirror_images():
-    for count in (2, 16, 32, 48, 96):
-        filters = cosine_filters(count)
-        torch.testing.assert_close(filters[mirrored_cosines(count)], filters.flip(-1))
-
-
-def test_mirrored_network_needs_channels_in_pairs():
-    for planes in ((6, 4, 4), (8, 5, 4), (8, 4, 3)):
-        with pytest.raises(ValueError, match="planes of a mirrored network are even, the first a multiple of 4"):
-            build_model(kind="wide", layers=(1, 1, 1), planes=planes, mirrored=True)
 
 
 def test_wide_network_is_within_the_budget():
