@@ -309,7 +309,7 @@ CPU = Recipe(
     name="cpu",
     stages=(Stage(epochs=4, crop_size=(32, 48, 48, 64), eval_size=80, batch=128, lr=0.5),),
     augmentation=AUGMENTATIONS["mild"],
-    views_per_image=13,
+    views_per_image=14,
     network="wide",
     layers=(2, 2, 2),
     planes=(64, 160, 224),

@@ -18,10 +18,10 @@ from recipes import RECIPES
 @pytest.mark.parametrize(
     "name, images, views",
     [
-        ("cpu", 4_000, 13),
-        ("cpu", 5_000, 10),
-        ("cpu", 1_000, 52),
-        ("cpu", 800, 65),
+        ("cpu", 4_000, 14),
+        ("cpu", 5_000, 11),
+        ("cpu", 1_000, 56),
+        ("cpu", 800, 70),
         ("cpu", 400, MOST_PASSES // 4),
         ("cpu", 40, MOST_PASSES // 4),
         ("cpu", 50_000, 1),
