@@ -27,7 +27,7 @@ from tqdm import tqdm
 import data
 from harness import checkpoint, files, metrics, ownership, report, scoring, scoring_ledger
 from harness.checkpoint import TrainedNetwork
-from harness.cli import file_path, machine_settings, network_parser, whole_number
+from harness.cli import file_path, machine_settings, network_parser, refuse_among_pictures, whole_number
 from harness.errors import RunError
 from harness.images import load_for_network, load_test_images, recorded_source
 from harness.machine import Machine, start_machine
@@ -53,22 +53,23 @@ def main(argv: list[str] | None = None) -> int:
     sides = [[checkpoint.load_network(path) for path in side] for side in paths]
     networks = sides[0]
     out = args.out or default_folder(args, networks)
+    for network in (network for side in sides for network in side):
+        refuse_among_pictures(parser, out, recorded_source(network.file, args.data_dir, args.images).images)
     files.make_folder(out)
     earlier = ownership.pictures_written(out)
-    evaluated: list[list[Evaluation]] = []
-    for side in sides:
-        evaluated.append([])
-        for members in [side] if args.ensemble else [[network] for network in side]:
-            evaluation, scored = evaluate(members, args, machine)
-            evaluated[-1].append(evaluation)
-        if len({averaged_over(network.recipe) for network in side}) > 1:
-            print("warning: these networks differ in more than their seeds and splits", file=sys.stderr)
-    entries, *opposed = [[evaluation.entry for evaluation in side] for side in evaluated]
-    drawn = len(entries) == 1 and not opposed and args.protocol == "clean"
-    whole = {"split": args.split, "protocol": args.protocol, **machine.as_dict(), **report.side(entries)}
-    whole |= {"against": report.side(opposed[0])} if opposed else {}
+    evaluated: list[list[Evaluation]] = [[] for _ in sides]
     pairs: list[dict[str, Any]] = []
     try:
+        for side, evaluations in zip(sides, evaluated, strict=True):
+            for members in [side] if args.ensemble else [[network] for network in side]:
+                evaluation, scored = evaluate(members, args, machine)
+                evaluations.append(evaluation)
+            if len({averaged_over(network.recipe) for network in side}) > 1:
+                print("warning: these networks differ in more than their seeds and splits", file=sys.stderr)
+        entries, *opposed = entries_of(evaluated)
+        drawn = len(entries) == 1 and not opposed and args.protocol == "clean"
+        whole = {"split": args.split, "protocol": args.protocol, **machine.as_dict(), **report.side(entries)}
+        whole |= {"against": report.side(opposed[0])} if opposed else {}
         pairs = compare(evaluated, args)
         whole |= {"pairs": pairs} if pairs else {}
         whole["pictures"] = report.pictures(entries[0]) if drawn else []
@@ -77,12 +78,19 @@ def main(argv: list[str] | None = None) -> int:
         files.write_text(out / report.REPORT, json.dumps(whole, indent=2) + "\n")
         if drawn:
             report.draw(out, entries[0], networks[0].classes, *scored)
-    finally:  # neither other images nor a full disk cost the tables, nor a closed terminal the report
-        print(report.text(entries, *opposed))
+    finally:  # no network that cannot be scored and no full disk costs the tables, nor a closed terminal the report
+        scored_sides = entries_of(evaluated)
+        if scored_sides:
+            print(report.text(*scored_sides))
         if pairs:
             print(report.pairs_text(pairs))
     print(f"report: {out / report.REPORT}")
     return 0
+
+
+def entries_of(sides: list[list[Evaluation]]) -> list[list[dict[str, Any]]]:
+    """What is reported of each side of which a network has been scored."""
+    return [[evaluation.entry for evaluation in side] for side in sides if side]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -99,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--against",
         nargs="+",
-        type=Path,
+        type=file_path,
         default=[],
         metavar="RUN_OR_CHECKPOINT",
         help="as many others, each compared with the network of its place on the same images, and the pairs together "

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import augment
 from harness import checkpoint, demo_shapes, files, scoring
 from harness.checkpoint import TrainedNetwork
-from harness.cli import file_path
+from harness.cli import file_path, refuse_among_pictures
 from harness.errors import RunError
 from harness.images import Source, load_for_network, recorded_source
 from model import SMALLEST_INPUT
@@ -68,18 +68,19 @@ class Format(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     trained = checkpoint.load_network(args.checkpoint, args.best)
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if "onnx" in args.format and missing:
         raise RunError(f"--format onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     out = args.out or (args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent)
+    source = recorded_source(trained.file, args.data_dir, args.images)
+    refuse_among_pictures(parser, out, source.images)
     files.make_folder(out)
     for name in args.format:
         require_replaceable(out / FORMATS[name].file, trained)
-    images, origin = sample(
-        trained, recorded_source(trained.file, args.data_dir, args.images), args.data_dir or args.images
-    )
+    images, origin = sample(trained, source, args.data_dir or args.images)
     sizes = (trained.eval_size, trained.eval_size + 32)
     print(f"comparing on {origin}, {' and '.join(map(str, COUNTS))} at a time, at {sizes[0]} and {sizes[1]} px")
     for name in dict.fromkeys(args.format):
@@ -113,7 +114,10 @@ def require_replaceable(path: Path, trained: TrainedNetwork) -> None:
 def _is_export(path: Path) -> bool:
     """Whether a file holds what `metadata` says, or weights alone."""
     try:
-        return INPUT.encode() in path.read_bytes() or bool(checkpoint.load(path, "weights"))
+        if INPUT.encode() in path.read_bytes():
+            return True
+        weights = checkpoint.load(path, "weights")["model"].values()
+        return all(value.dtype == torch.float16 for value in weights if value.ndim > 1)  # a kept best.pt's are not
     except (OSError, RunError):
         return False
 

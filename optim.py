@@ -34,9 +34,22 @@ def build_optimizer(
         groups.append({"params": filters, "weight_decay": 0.0, "lr": stage.lr * FILTER_RATE, "orthogonal": True})
         return Muon(groups, lr=stage.lr, momentum=0.9, precision=precision)
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=stage.lr, momentum=0.9, nesterov=True, fused=True)
+        return with_momentum(torch.optim.SGD(groups, lr=stage.lr, momentum=0.9, nesterov=True, fused=True))
     kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
     return kind(groups, lr=stage.lr, fused=True)
+
+
+def with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
+    """The optimiser with a momentum of zeros, from which its first step is the same.
+
+    PyTorch's fused SGD makes the momentum in its first step, and leaves it unfilled if that step's fp16 gradients
+    overflow: the second would learn from whatever lay in memory.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 class Muon(torch.optim.SGD):
@@ -54,6 +67,7 @@ class Muon(torch.optim.SGD):
         groups = [{"orthogonal": False, **group} for group in groups]
         super().__init__(groups, lr=lr, momentum=momentum, nesterov=True, fused=True)
         self.precision = precision
+        with_momentum(self)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -68,8 +82,6 @@ class Muon(torch.optim.SGD):
         if filters.grad is None:
             return
         state = self.state[filters]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(filters)
         scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         before = (filters.clone(), state["momentum_buffer"].clone()) if overflow is not None else ()
         grad = filters.grad if scale is None else filters.grad.div_(scale)

@@ -101,7 +101,11 @@ def add_flags(group: Any, settings: type, names: Collection[str] | None = None, 
             options |= {"type": _sizes, "nargs": "+", "metavar": "N[,N…]"}
         elif typing.get_origin(hint) is tuple:
             kind, *others = hint.__args__
-            options |= {"type": kind, "nargs": "+" if others == [...] else 1 + len(others), "metavar": _metavar(kind)}
+            options |= {
+                "type": file_path if kind is Path else kind,
+                "nargs": "+" if others == [...] else 1 + len(others),
+                "metavar": _metavar(kind),
+            }
         else:
             options |= {"type": file_path if hint is Path else hint, "nargs": "+" if per_stage else None}
             options["metavar"] = None if options["choices"] else _metavar(hint)
@@ -143,6 +147,8 @@ def parse_train(argv: list[str] | None = None) -> tuple[Recipe, Runtime]:
         runtime = Runtime(**own, by_default=tuple(chosen) if "images" in args else ())
     except ValueError as error:
         parser.error(_with_flag(str(error), args))
+    if not args.get("init", "-").strip():
+        parser.error("--init: a path is expected, not an empty word")
     if demo and runtime.images:
         parser.error("--demo draws its own pictures; for those of --images give --recipe demo")
     if recipe.fold is not None and (runtime.images or recipe.name == "demo"):
@@ -156,10 +162,14 @@ def parse_train(argv: list[str] | None = None) -> tuple[Recipe, Runtime]:
             parser.error(f"--{name.replace('_', '-')} is of no use without --teacher")
     if "image_size" in args and not runtime.images:
         parser.error("--image-size is the size of the pictures of --images; STL-10's are 96 px")
-    out = default_run_folder(recipe, runtime)
-    if runtime.images and out.resolve().is_relative_to(runtime.images.resolve()):
-        parser.error(f"the run folder {out} lies within --images, where it would be taken for pictures; see --out")
+    refuse_among_pictures(parser, default_run_folder(recipe, runtime), runtime.images)
     return recipe, runtime
+
+
+def refuse_among_pictures(parser: argparse.ArgumentParser, out: Path, images: Path | None) -> None:
+    """End the process with status 2 if a folder for output lies within the user's pictures."""
+    if images and out.resolve().is_relative_to(images.resolve()):
+        parser.error(f"the folder {out} lies within the pictures, {images}, and would be taken for a class; see --out")
 
 
 def _with_flag(sentence: str, args: Collection[str]) -> str:

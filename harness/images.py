@@ -86,10 +86,19 @@ def _require_per_class(least: int, dataset: DataSet, indices: Tensor, need: str)
 def load_test_images(trained: TrainedNetwork, source: Source) -> DataSet:
     """The test images for a trained network: the official files', the demo's, or those of `source.images`/test.
 
-    Nothing is fetched. Raises RunError if there are none, or if they have other classes.
+    Nothing is fetched. Raises RunError if there are none, if they have other classes, and where the pictures beside
+    them are not those that the network was trained with, since it may then have learnt some that lie in test today.
     """
+    _require_folder(trained, source)
     if source.images is not None:
-        dataset = picture_folder.load_test(source.images, trained.recipe.image_size)
+        dataset, others = picture_folder.load_test(source.images, trained.recipe.image_size)
+        if others and "digest" in trained.images:
+            known = identity(others, *split_by(trained.recipe, others, source.data_dir))
+            if known != trained.images:
+                raise RunError(
+                    f"the pictures in {source.images} are not those that this network was trained with, so it may have "
+                    "learnt some of test; name the right folder with --images, or one that holds test alone"
+                )
     elif trained.recipe.name == DEMO.name:
         dataset = demo_shapes.load(source.data_dir, "test")
     else:
@@ -124,13 +133,17 @@ def identity(dataset: DataSet, train: Tensor, val: Tensor) -> dict[str, int | st
     return {"train": len(train), "val": len(val)} | ({"digest": dataset.digest} if dataset.digest else {})
 
 
+def _require_folder(trained: TrainedNetwork, source: Source) -> None:
+    if source.images is None and "digest" in trained.images:
+        raise RunError("this network was trained with a folder of pictures; name it with --images")
+
+
 def load_for_network(trained: TrainedNetwork, source: Source, *, fetch: bool) -> tuple[DataSet, Tensor, Tensor]:
     """`load_images` for a trained network. Raises RunError if it was trained with other images.
 
     With others the split would be another one too, and images that the network has learnt would validate it.
     """
-    if source.images is None and "digest" in trained.images:
-        raise RunError("this network was trained with a folder of pictures; name it with --images")
+    _require_folder(trained, source)
     dataset, train, val = load_images(trained.recipe, *source, fetch=fetch)
     if dataset.classes != trained.classes or identity(dataset, train, val) != trained.images:
         raise RunError(

@@ -36,8 +36,8 @@ def open_square(path: Path, size: int) -> Tensor:
     It is brought to that size by one bilinear resampling with antialiasing; one that has the size keeps its very
     pixels. Of an animation the first frame counts; the Exif orientation is applied; what is transparent lies on white;
     16 bits become 8 by their range, not by their brightest pixel.
-    Raises RunError for a file that is missing, broken, no picture, or implausibly large (Pillow's guard against
-    decompression bombs, 89 million pixels).
+    Raises RunError for a file that is missing, broken, no picture, or larger than Pillow's guard against decompression
+    bombs permits (89 million pixels).
     """
     try:
         with warnings.catch_warnings():
@@ -46,7 +46,8 @@ def open_square(path: Path, size: int) -> Tensor:
             picture = _read(path)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise RunError(
-            f"{printable(path)} is implausibly large: more than {Image.MAX_IMAGE_PIXELS:,} pixels"
+            f"{printable(path)} has more than {Image.MAX_IMAGE_PIXELS:,} pixels, beyond Pillow's guard against "
+            "decompression bombs: make it smaller"
         ) from error
     except UnidentifiedImageError as error:
         raise RunError(f"{printable(path)} is not a picture, or of a kind that Pillow cannot open") from error

@@ -4,6 +4,7 @@
 is read and what is passed over: docs/PICTURES.md.
 """
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import NamedTuple
@@ -51,8 +52,8 @@ def load(folder: Path, size: int) -> tuple[DataSet, tuple[Tensor, Tensor] | None
     return _read(listings, size, announce=True)
 
 
-def load_test(folder: Path, size: int) -> DataSet:
-    """The pictures of a folder's part named test at `size` px.
+def load_test(folder: Path, size: int) -> tuple[DataSet, DataSet | None]:
+    """The pictures of a folder's part named test at `size` px, and those of its other parts if there are any.
 
     Raises RunError as `load` does, where there is no such part, and for a picture that is in train or val too.
     """
@@ -64,12 +65,17 @@ def load_test(folder: Path, size: int) -> DataSet:
     for line in passed.lines(folder):
         print(line)
     images = picture_cache.squares(listing.folder, listing.paths, size)
+    kept = _distinct(images, listing.labels, torch.zeros_like(listing.labels), listing.paths, announce=True)
+    test = DataSet(images[kept], listing.labels[kept], listing.classes)
     parts = [_list(part, PassedOver()) for part in (layout.train, layout.val) if part]
-    known = set(_digests(_read(parts, size, announce=False)[0].images)) if parts else set()
+    if not parts:
+        return test, None
+    others, split = _read(parts, size, announce=False)
+    known = set(_digests(others.images))
     for path, digest in zip(listing.paths, _digests(images), strict=True):
         if digest in known:
             raise RunError(f"{printable(path)} is one picture with one in train or val; take it out of test")
-    return DataSet(images, listing.labels, listing.classes)
+    return test, dataclasses.replace(others, given_split=split)
 
 
 def _list(folder: Path, passed: PassedOver) -> Listing:

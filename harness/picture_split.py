@@ -65,6 +65,7 @@ def find_layout(folder: Path, passed: PassedOver) -> Layout:
     parts = {path: part_by_name(path.name) for path in contents}
     split = {path: part for path, part in parts.items() if part and contents[path].folders}
     if not split:
+        _refuse_loose_parts(contents, parts)
         _refuse_unnamed_split(folder, contents)
         return Layout(folder)
     others = [path for path in contents if path not in split]
@@ -110,6 +111,17 @@ def _unwrapped(folder: Path, passed: PassedOver) -> Path:
             passed.update(beside)
             return only
     return folder
+
+
+def _refuse_loose_parts(contents: dict[Path, _Contents], parts: dict[Path, str | None]) -> None:
+    """Raises RunError where the folders are parts of a split by their names, and none else, but hold loose pictures."""
+    filled = sorted(path for path, inside in contents.items() if inside.pictures or inside.folders)
+    named = [parts[path] for path in filled]
+    if "train" in named and len(filled) > 1 and None not in named:
+        raise RunError(
+            f"{' and '.join(map(printable, filled))} are named as parts of a split, but hold loose pictures; "
+            "sort those into a folder for each class, train/CLASS"
+        )
 
 
 def _refuse_unnamed_split(folder: Path, contents: dict[Path, _Contents]) -> None:

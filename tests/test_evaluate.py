@@ -198,6 +198,16 @@ def test_scoring_on_test_is_counted(tiny_run, altered, capsys):
     assert read(folder / "evaluation-test")["networks"][0]["results"][0]["accuracy"] == accuracy
 
 
+def test_a_network_that_cannot_be_scored_does_not_cost_the_others_tables(tiny_run, altered, capsys):
+    folder = altered(name="original")
+    assert run(tiny_run, folder, "--split", "test", "--out", folder / "out") == 1
+    said = capsys.readouterr()
+    assert "the test images are missing" in said.err
+    accuracy = json.loads((tiny_run / scoring_ledger.FILE).read_text())[-1]["accuracy"]
+    assert f"{accuracy:.1%}" in said.out and not (folder / "out" / report.REPORT).exists()
+    (tiny_run / scoring_ledger.FILE).unlink()
+
+
 def test_a_broken_count_is_not_passed_over(altered, capsys):
     folder = altered()
     (folder / scoring_ledger.FILE).write_text('{"not": "a list"}')
@@ -294,7 +304,7 @@ def test_what_cannot_be_read_or_written_is_one_line(tiny_run, tmp_path, capsys):
         ([tmp_path, "--best"], "best.pt"),
         ([tmp_path / "file"], "file"),
         ([tiny_run, "--out", tmp_path / "file"], "file"),
-        ([tiny_run, "--out", tmp_path, "--images", tmp_path], str(tmp_path)),
+        ([tiny_run, "--out", tmp_path / "out", "--images", tmp_path / "none"], str(tmp_path / "none")),
     ):
         assert run(*arguments) == 1
         said = capsys.readouterr().err

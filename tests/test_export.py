@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import re
+import shutil
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -153,6 +154,15 @@ def test_file_that_disagrees_is_not_written(run: Path, tmp_path: Path, monkeypat
     with pytest.raises(RunError, match="was not written, as it does not agree with the network: largest difference"):
         export.main([str(run), "--out", str(tmp_path), "--format", "weights"])
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("model.pt", older)]
+
+
+def test_weights_that_no_export_wrote_are_not_replaced(run: Path, tmp_path: Path) -> None:
+    """A kept copy of a run's weights, of full precision, has the name that an export would take."""
+    kept = shutil.copy(run / "last.pt", tmp_path / "model.pt")
+    before = kept.read_bytes()
+    with pytest.raises(RunError, match="model.pt is there and was not written by export.py"):
+        export.main([str(run), "--out", str(tmp_path), "--format", "weights"])
+    assert kept.read_bytes() == before
 
 
 def test_missing_packages_are_named_before_anything_is_written(

@@ -13,7 +13,7 @@ from augment import Batch
 from harness.machine import Machine
 from model import build_model
 from optim import FILTER_RATE, Muon, RunningAverage, build_optimizer, orthogonalise
-from recipes import RECIPES, Recipe, Stage
+from recipes import RECIPES, Recipe, Stage, build_network
 from train import Trainer
 
 STAGE = Stage(epochs=1, crop_size=(32,), eval_size=32, batch=4, lr=0.1)
@@ -47,6 +47,30 @@ def test_products_are_in_the_machines_precision(precision: torch.dtype, monkeypa
     labels = torch.arange(4)
     trainer.step(Batch(torch.randn(4, 3, 32, 32), labels, labels, torch.ones(4)))
     assert seen == [precision] * 9
+
+
+@pytest.mark.parametrize("name", ["sgd", "muon"])
+def test_a_first_step_that_overflows_leaves_no_momentum(name: str):
+    """PyTorch's fused SGD would keep memory that nothing has filled, here with NaN."""
+    recipe = dataclasses.replace(RECIPES["cpu"], optimizer=name, planes=(8, 8, 8), layers=(1, 1, 1))
+    net = build_network(recipe, 10)
+    optimizer = build_optimizer(recipe, STAGE, net, torch.float32)
+    scaler = torch.amp.GradScaler("cpu")
+    torch.use_deterministic_algorithms(True)  # which fills new memory
+    try:
+        for weight, rate in ((float("inf"), 0.0), (1.0, 1.0)):
+            before = copy.deepcopy(net.state_dict())
+            optimizer.zero_grad()
+            scaler.scale(weight * net(torch.ones(2, 3, 32, 32)).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            same = [torch.equal(value, before[key]) for key, value in net.named_parameters() if value.requires_grad]
+            assert all(same) if rate == 0 else not any(same)
+            assert all(parameter.isfinite().all() for parameter in net.parameters())
+            for state in optimizer.state.values():
+                assert state["momentum_buffer"].isfinite().all() and (rate or not state["momentum_buffer"].any())
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_nothing_comes_of_nothing():

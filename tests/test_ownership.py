@@ -190,15 +190,27 @@ def test_no_run_lies_among_its_pictures(out: str, tmp_path: Path, capsys) -> Non
     place = tmp_path / out if out.startswith("link") else pictures / out
     with pytest.raises(SystemExit) as stop:
         cli.parse_train([*TINY, "--images", str(pictures), "--out", str(place)])
-    assert stop.value.code == 2 and "lies within --images" in capsys.readouterr().err
+    assert stop.value.code == 2 and "lies within the pictures" in capsys.readouterr().err
 
 
 def test_nor_by_default(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(fill(tmp_path / "pictures", 2))
     with pytest.raises(SystemExit):
         cli.parse_train([*TINY, "--images", "."])
-    assert "the run folder runs/pictures-demo-seed0 lies within --images" in capsys.readouterr().err
+    assert "the folder runs/pictures-demo-seed0 lies within the pictures" in capsys.readouterr().err
     assert cli.parse_train([*TINY, "--images", ".", "--out", "../runs/a"])
+
+
+@pytest.mark.parametrize("main", [evaluate.main, export.main])
+def test_nor_an_evaluation_or_an_export(main, run: Path, tmp_path: Path, capsys) -> None:
+    pictures = fill(tmp_path / "pictures", 2)
+    copied = shutil.copy(run / "last.pt", pictures)
+    before = hashes(pictures)
+    for words in ([run, "--out", pictures / "report"], [copied]):
+        with pytest.raises(SystemExit) as stop:
+            main([*map(str, words), "--images", str(pictures)])
+        assert stop.value.code == 2 and "lies within the pictures" in capsys.readouterr().err
+        assert hashes(pictures) == before
 
 
 # evaluations

@@ -90,8 +90,9 @@ def test_given_split_is_taken_as_it_is(tmp_path: Path) -> None:
     assert found.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [0, 0, 1, 1, 2, 2]
     first_val = min((tmp_path / "val" / "apple").glob("[!.]*"))
     assert torch.equal(found.images[12], picture_file.open_square(first_val, 32))
-    test = picture_folder.load_test(tmp_path, 32)
+    test, others = picture_folder.load_test(tmp_path, 32)
     assert test.labels.tolist() == [0, 1, 2] and test.classes == found.classes
+    assert others.digest == found.digest and torch.equal(others.given_split[1], val)
 
 
 def test_squares_are_kept_and_used_again(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,9 +183,20 @@ def test_one_picture_in_train_and_val_is_refused(tmp_path: Path) -> None:
 def test_test_picture_that_was_trained_on_is_refused(tmp_path: Path) -> None:
     for start, name in enumerate(("train", "val", "test")):
         fill(tmp_path / name, 2, start=500 * start)
-    assert len(picture_folder.load_test(tmp_path, 32).labels) == 6
+    assert len(picture_folder.load_test(tmp_path, 32)[0].labels) == 6
     (tmp_path / "test" / "sky" / "copy.png").write_bytes((tmp_path / "train" / "sky" / "sky0.png").read_bytes())
     with pytest.raises(RunError, match=r"test/sky/copy.png is one picture with one in train or val; take it out"):
+        picture_folder.load_test(tmp_path, 32)
+
+
+def test_test_pictures_are_distinct_too(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    fill(tmp_path / "test", 2)
+    sky = (tmp_path / "test" / "sky" / "sky0.png").read_bytes()
+    (tmp_path / "test" / "sky" / "again.png").write_bytes(sky)
+    assert picture_folder.load_test(tmp_path, 32)[0].labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert "1 picture(s) passed over that are there twice in a class" in capsys.readouterr().out
+    (tmp_path / "test" / "leaf" / "other.png").write_bytes(sky)
+    with pytest.raises(RunError, match=r"test/leaf/other.png and .* are one picture in two classes"):
         picture_folder.load_test(tmp_path, 32)
 
 
@@ -281,6 +293,21 @@ def test_training_on_a_folder_keeps_its_classes_and_refuses_other_images(
         load_for_network(trained, recorded_source(run), fetch=False)
     with pytest.raises(RunError, match="was trained with a folder of pictures; name it with --images"):
         load_for_network(trained, Source(Path("data"), None), fetch=False)
+
+
+def test_test_images_beside_other_pictures_than_the_networks_are_refused(tmp_path: Path, empty_plots: None) -> None:
+    """What lies in test today may have been in train when the network learnt."""
+    images = tmp_path / "pictures"
+    for start, name in enumerate(("train", "val", "test")):
+        fill(images / name, 4, start=500 * start)
+    assert train.main([*TINY, "--images", str(images), "--out", str(tmp_path / "run")]) == 0
+    trained = checkpoint.load_network(tmp_path / "run")
+    assert len(load_test_images(trained, Source(Path("data"), images)).labels) == 12
+    with pytest.raises(RunError, match="was trained with a folder of pictures; name it with --images"):
+        load_test_images(trained, Source(Path("data"), None))
+    (images / "train" / "sky" / "sky0.png").rename(images / "test" / "sky" / "new.png")
+    with pytest.raises(RunError, match="are not those that this network was trained with, so it may have learnt some"):
+        load_test_images(trained, Source(Path("data"), images))
 
 
 def test_test_images_of_other_classes_are_refused(tmp_path: Path, empty_plots: None) -> None:

@@ -46,7 +46,7 @@ def test_split_is_recognised_by_its_names(tmp_path, names, capsys):
     else:  # of each class one in five validates, but at least one
         assert (len(train), len(val)) == (6, 3)
     if len(others) == 2 or others == ["Testing"]:
-        assert len(picture_folder.load_test(tmp_path, 32).labels) == 9
+        assert len(picture_folder.load_test(tmp_path, 32)[0].labels) == 9
     else:
         assert layout(tmp_path).test is None or others == ["seg_test"]
 
@@ -55,7 +55,7 @@ def test_pictures_named_test_neither_train_nor_validate(tmp_path):
     fill(tmp_path / "Training", 3)
     fill(tmp_path / "Testing", 3, start=500)
     everything = picture_folder.load(tmp_path, 32)[0].images
-    for image in picture_folder.load_test(tmp_path, 32).images:
+    for image in picture_folder.load_test(tmp_path, 32)[0].images:
         assert not (everything == image).flatten(1).all(1).any()
     (tmp_path / "Testing" / "sky" / "copy.png").write_bytes((tmp_path / "Training" / "sky" / "sky0.png").read_bytes())
     with pytest.raises(RunError, match="Testing/sky/copy.png is one picture with one in train or val"):
@@ -84,6 +84,19 @@ def test_classes_may_have_the_names_of_parts(tmp_path):
     ) as refused:
         picture_folder.load(tmp_path, 32)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("names", ["train test1", "Training Testing", "train valid test", "train2017 val2017"])
+def test_parts_with_loose_pictures_are_no_classes(tmp_path, names):
+    """As archives unpack whose labels stand in the files' names."""
+    for seed, name in enumerate(names.split()):
+        draw(tmp_path / name / "cat.0.png", COLOURS["sky"], 2 * seed)
+        draw(tmp_path / name / "dog.0.png", COLOURS["leaf"], 2 * seed + 1)
+    with pytest.raises(RunError, match="named as parts of a split, but hold loose pictures; sort those into"):
+        picture_folder.load(tmp_path, 32)
+    (tmp_path / "empty").mkdir()  # changes nothing
+    with pytest.raises(RunError, match="named as parts of a split"):
+        picture_folder.load(tmp_path, 32)
 
 
 def test_classes_may_hold_folders_of_different_names(tmp_path):
