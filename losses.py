@@ -12,8 +12,8 @@ class LabelSmoothingLoss(nn.Module):
 
     PyTorch's own `label_smoothing` a spreads a over all K classes, the label included, so that each other class gets
     a / K. Both targets are the same for a = smoothing · K / (K − 1), and the fused kernel is called with that. As a is
-    at most 1, smoothing is at most (K − 1) / K, where the target is uniform. The idea is that of arXiv 1512.00567, which
-    spreads as PyTorch does.
+    at most 1, smoothing is at most (K − 1) / K, where the target is uniform. The idea is arXiv 1512.00567's,
+    which spreads as PyTorch does.
 
     `classes`: K, from 2 up. `dim`: the dimension of the logits that holds the classes. `reduction`: "mean" over all
     samples, "sum", or "none" for one loss a sample. Raises ValueError for an argument out of range and for logits of
