@@ -217,7 +217,8 @@ def evaluate(members: list[TrainedNetwork], args: argparse.Namespace, machine: M
     """Score one network, or several as one, at each size: what is reported, and the scores that are drawn."""
     for member in members:
         member.model.to(machine.device)
-    images, labels = (part.to(machine.device) for part in images_of(members, args))
+    images, labels = images_of(members, args)
+    labels = labels.to(machine.device)
     print(f"{report.name(members)}: {len(labels):,} {args.split} images, {machine}", flush=True)
     if args.split == "test":
         scoring_ledger.warn([member.file.parent for member in members])
@@ -299,7 +300,12 @@ def score_original(
     try:
         with progress(len(images) * scoring.ORIGINAL_VIEWS, size) as bar:
             scores, index = scoring.original_logits(
-                member.model, images, size, stage.batch, precision=machine.precision, tick=bar.update
+                member.model,
+                images.to(machine.device),
+                size,
+                stage.batch,
+                precision=machine.precision,
+                tick=bar.update,
             )
     except ValueError as error:
         raise RunError(f"{member.file} cannot be scored as the original was: {error}") from error

@@ -129,6 +129,7 @@ def rates_on_device(optimizer: torch.optim.Optimizer, device: torch.device) -> N
         group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
         if "capturable" in group:
             group["capturable"] = True
+            optimizer._warned_capturable_if_run_uncaptured = True  # the steps before the capture are meant to be
 
 
 def portable_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

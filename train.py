@@ -250,6 +250,7 @@ class Trainer:
         normalises by the share, too, and keeps the leader's running statistics. The result is that of all shares.
         """
         self.net.train()
+        self.graphs.keep_only(size)
         steps = len(draws.order) // stage.batch
         losses = torch.zeros(steps, device=self.machine.device)
         hits = torch.zeros((), dtype=torch.int64, device=self.machine.device)
@@ -321,9 +322,8 @@ class Trainer:
         """
         if not len(val) or not self.machine.leads:
             return None, None
-        device, precision = self.machine.device, self.machine.precision
-        logits = scoring.tta_logits(self.eval_model, images[val].to(device), size, tta, precision=precision)
-        hits, loss = hits_and_loss(logits, labels[val].to(device))
+        logits = scoring.tta_logits(self.eval_model, images[val], size, tta, precision=self.machine.precision)
+        hits, loss = hits_and_loss(logits, labels[val].to(logits.device))
         return loss.item(), hits.item() / len(val)
 
     def state(self) -> dict[str, Any]:

@@ -42,11 +42,11 @@ def rank_and_world() -> tuple[int, int, int]:
 def join(device: torch.device) -> None:
     """Join the other processes; from now on only the leader prints. Raises PeerLost if they do not appear."""
     rank, world, _ = rank_and_world()
-    if world == 1 or dist.is_initialized():
+    if world == 1 or _joined():
         return
     global _decisions
     with peer_loss_reported():
-        if device.type == "cuda":
+        if device.type == "cuda" and dist.is_nccl_available():  # on Windows there is none
             dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
             _decisions = dist.new_group(backend="gloo", timeout=PATIENCE)
         else:
@@ -55,17 +55,21 @@ def join(device: torch.device) -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
+def _joined() -> bool:
+    return dist.is_available() and dist.is_initialized()  # PyTorch may have been built without
+
+
 def leave() -> None:
     """Leave the group after an orderly end. After any other the end of the process does it, and cannot hang."""
     global _decisions
-    if dist.is_initialized():
+    if _joined():
         dist.destroy_process_group()
         _decisions = None  # or its threads would still be there when the interpreter ends
 
 
 def parallel(net: nn.Module) -> nn.Module:
     """`net`, wrapped to average gradients over the processes and use the leader's buffers; alone just `net`."""
-    if not dist.is_initialized():
+    if not _joined():
         return net
     with peer_loss_reported():
         return DistributedDataParallel(net)
@@ -73,7 +77,7 @@ def parallel(net: nn.Module) -> nn.Module:
 
 def sum_over_ranks(values: Tensor) -> Tensor:
     """The sum over the processes of a CPU tensor of one shape and dtype, which is overwritten. Raises PeerLost."""
-    if dist.is_initialized():
+    if _joined():
         with peer_loss_reported():
             dist.all_reduce(values, group=_decisions)
     return values
@@ -81,7 +85,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 def max_over_ranks(value: int) -> int:
     """The largest of the processes' values, the same in all of them. Raises PeerLost."""
-    if not dist.is_initialized():
+    if not _joined():
         return value
     values = torch.tensor(int(value))
     with peer_loss_reported():
@@ -106,7 +110,9 @@ def peer_loss_reported() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not any(name in str(error) for name in ("gloo", "NCCL")):
+        if not isinstance(error, getattr(dist, "DistError", ())) and not any(
+            name in str(error) for name in ("gloo", "NCCL")
+        ):
             raise
         rank, world, _ = rank_and_world()
         raise PeerLost(f"process {rank} has lost the other {world - 1}: one ended, or does not answer") from error

@@ -19,6 +19,8 @@ from harness.errors import RunError, reason
 
 LOCK_FILE = ".lock"
 STALE = 3600.0  # seconds since a temporary file was last written to
+# Seconds between tries to replace a file: on Windows none is replaced that anyone has open, a virus scanner or Excel.
+PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6) if os.name == "nt" else ()
 NO_ROOM = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
 
 
@@ -94,13 +96,22 @@ def _replace(target: Path, temporary: Path, keep: Path | None) -> None:
     with contextlib.suppress(FileNotFoundError):
         _copy_rights(target.stat(), temporary)
     if keep is not None and target.exists():
-        os.replace(target, keep)
+        _rename(target, keep)
     try:
-        os.replace(temporary, target)
+        _rename(temporary, target)
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise
         _write_into(target, temporary)  # a file that is mounted alone, as containers have them
+
+
+def _rename(path: Path, target: Path) -> None:
+    for pause in PAUSES:
+        try:
+            return os.replace(path, target)
+        except PermissionError:
+            time.sleep(pause)
+    os.replace(path, target)
 
 
 def _copy_rights(status: os.stat_result, path: Path) -> None:

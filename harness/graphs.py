@@ -28,6 +28,7 @@ class Graphs:
     def __init__(self, machine: Machine) -> None:
         self.machine, self.enabled = machine, machine.device.type == "cuda" and machine.graphs
         self._refused: set[str] = set()  # names of functions
+        self._size = 0
         self.forget()
 
     def forget(self) -> None:
@@ -35,6 +36,12 @@ class Graphs:
         self._graphs: dict[Hashable, _Graph] = {}
         self._calls: dict[Hashable, int] = {}
         self._pool: Any = None
+
+    def keep_only(self, size: int) -> None:
+        """Drop the graphs of another size of views, which no later epoch has again."""
+        if size != self._size:
+            self.forget()
+        self._size = size
 
     def run(
         self, function: Callable[..., Any], tensors: tuple[Tensor, ...], *constants: Hashable, warm: int = WARM_CALLS
@@ -48,15 +55,19 @@ class Graphs:
         self._calls[key] = self._calls.get(key, 0) + 1
         if self._calls[key] <= warm:
             return function(*tensors, *constants)
+        stream = torch.cuda.current_stream()
         try:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             self._graphs[key] = _Graph(function, tensors, constants, self._pool)
         except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
+            torch.cuda.set_stream(stream)  # or the capture's would stay the current one
+            self._pool = None  # it may count as being recorded into for ever
+            if is_out_of_memory(error):  # plain calls need less
+                self.forget()
             self._refused.add(function.__name__)
-            what = function.__name__.replace("_", " ")
-            self.machine.note(f"{what} could not be captured as a CUDA graph ({reason(error)}): it is slower without")
+            what, why = function.__name__.replace("_", " "), reason(error.__context__ or error)
+            self.machine.note(f"{what} could not be captured as a CUDA graph ({why}): it is slower without")
+        if function.__name__ in self._refused:
             return function(*tensors, *constants)
         return self._graphs[key].replay(tensors)
 

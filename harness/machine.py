@@ -88,7 +88,7 @@ class Machine:
         return autocast(self.device, self.precision)
 
     def hold(self, images: Tensor) -> Tensor:
-        """The images on the device, or in pinned host memory if they would take over half of its free memory."""
+        """The images on the device, or where they are if they would take over half of its free memory."""
         if self.device.type != "cuda":
             return images
         free, _ = torch.cuda.mem_get_info(self.device)
@@ -98,7 +98,7 @@ class Machine:
             f"the images ({images.nbytes / 2**20:,.0f} MiB) stay in the host's memory and are fetched batch by batch: "
             f"the GPU has {free / 2**20:,.0f} MiB free"
         )
-        return images.pin_memory()
+        return images
 
 
 def autocast(device: torch.device, precision: torch.dtype | None) -> contextlib.AbstractContextManager:
@@ -175,7 +175,8 @@ def _cuda_is_usable() -> bool:
 def _try_kernel(device: torch.device) -> None:
     """Raise RunError if the device cannot run this PyTorch's kernels."""
     major, minor = torch.cuda.get_device_capability(device)
-    built_for = [name.split("_") for name in torch.cuda.get_arch_list()]
+    names = [name for name in torch.cuda.get_arch_list() if name.startswith(("sm_", "compute_"))]  # AMD's are others
+    built_for = [name.split("_") for name in names]
     capabilities = [(kind, int(n.rstrip("af")[:-1]), int(n.rstrip("af")[-1])) for kind, n in built_for]
     runs = any(
         (kind == "sm" and its_major == major and its_minor <= minor)
@@ -216,6 +217,14 @@ def _has_native_bf16(device: torch.device) -> bool:
 
 def _obstacle_to_compiling(device: torch.device) -> str:
     """What torch.compile lacks here, as a sentence with the way out; empty if nothing."""
+    windows = sys.platform == "win32"
+    if device.type == "cpu" and windows:
+        found = any(map(shutil.which, (os.environ.get("CXX", "cl"), "cl")))
+        return (
+            ""
+            if found
+            else "it needs a C++ compiler: install Visual Studio's C++ build tools, and start from their prompt"
+        )
     if device.type == "cpu":
         compilers = (os.environ.get("CXX", "g++"), "g++", "clang++")
         return "" if any(map(shutil.which, compilers)) else "it needs a C++ compiler: install g++"
@@ -223,6 +232,8 @@ def _obstacle_to_compiling(device: torch.device) -> str:
         return "Triton compiles for no card below capability 7.0"
     if importlib.util.find_spec("triton") is None:
         return "it needs Triton: pip install triton (on Windows: triton-windows)"
+    if windows:  # where Triton brings its own compiler
+        return ""
     if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang"))):
         return "Triton needs a C compiler: install gcc"
     if not Path(sysconfig.get_paths()["include"], "Python.h").exists():

@@ -221,7 +221,12 @@ class RunFolder:
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        files.write_text(self.folder / "metrics.csv", text.getvalue())
+        try:
+            files.write_text(self.folder / "metrics.csv", text.getvalue())
+        except RunError as error:
+            if not (files.PAUSES and isinstance(error.__cause__, PermissionError)):
+                raise
+            self.machine.note("metrics.csv is open in another program, and is written again after the next epoch")
 
     def draw_views(self, stage_index: int, images: Tensor, labels: Tensor, draws: EpochDraws, size: int) -> None:
         """Draw the first views of a stage, as the network will see them."""

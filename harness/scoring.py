@@ -42,7 +42,9 @@ def logits(
     batch: int = 250,
     precision: torch.dtype | None = None,
 ) -> Tensor:
-    """Score uint8 images (N, 3, H, W) at `size` px in eval mode; float32 (N, K) on the images' device.
+    """Score uint8 images (N, 3, H, W) at `size` px in eval mode; float32 (N, K) on the model's device.
+
+    The images may lie elsewhere: a batch of them is on the device at a time.
 
     `mirror`: each image is also scored flipped left to right and the result is `average` of the two.
     `precision`: the autocast type (torch.bfloat16); None or torch.float32 calculates in float32.
@@ -50,11 +52,12 @@ def logits(
     """
     if len(images) == 0:
         raise ValueError("there are no images to score")
+    device = next((parameter.device for parameter in model.parameters()), images.device)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with autocast(images.device, precision):
-            return torch.cat([_score(model, part, size, mirror) for part in images.split(batch)])
+        with autocast(device, precision):
+            return torch.cat([_score(model, part.to(device), size, mirror) for part in images.split(batch)])
     finally:
         for module, training in modes:
             module.training = training

@@ -177,3 +177,12 @@ def test_throughput_is_printed(capsys: pytest.CaptureFixture):
     assert result.finite and result.samples == count
     with capsys.disabled():
         print(f"\n{machine}: {count / seconds:,.0f} images/s end to end at 70 px, batch 128")
+
+
+def test_images_on_the_host_are_scored_on_the_device_batch_by_batch():
+    machine = gpu()
+    net = Trainer(SMALL["cpu"], 10, machine).net
+    images, _ = pictures(torch.device("cpu"))
+    scores = scoring.tta_logits(net, images, 32, "multi")
+    assert scores.device == machine.device
+    assert torch.equal(scores, scoring.tta_logits(net, images.to(machine.device), 32, "multi"))

@@ -95,3 +95,40 @@ def test_what_is_recorded_of_a_machine_is_in_its_words(restored, capsys):
 def test_precisions_are_named_in_words(name: str, precision: torch.dtype):
     machine = Machine(CPU, precision, compile=False)
     assert str(machine).endswith(f", {name}") and machine.as_dict()["precision"] == name
+
+
+@pytest.mark.parametrize(
+    ("names", "capability", "works"),
+    [
+        (["gfx90a", "gfx1100"], (11, 0), True),  # AMD's: whether a kernel runs is what tells
+        (["sm_80", "sm_90a", "compute_90"], (9, 0), True),
+        (["sm_80", "compute_80"], (7, 5), False),
+    ],
+)
+def test_a_card_is_tried_where_the_build_may_have_its_kernels(names, capability, works, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: names)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    if works:
+        machine_module._try_kernel(CPU)
+    else:
+        with pytest.raises(RunError, match=r"a card cannot be used: .*capability 7\.5"):
+            machine_module._try_kernel(CPU)
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "obstacle"),
+    [
+        ("cpu", ("cl",), ""),
+        ("cpu", ("g++", "gcc"), "Visual Studio"),
+        ("cuda", (), ""),  # Triton for Windows has a compiler with it
+    ],
+)
+def test_windows_compiles_with_its_own_compilers(device, there, obstacle, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr("sys.platform", "win32")
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(machine_module.importlib.util, "find_spec", lambda name: "found")
+    found = machine_module._obstacle_to_compiling(torch.device(device))
+    assert obstacle in found and bool(found) == bool(obstacle)

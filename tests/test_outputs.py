@@ -40,6 +40,26 @@ def names(folder: Path) -> list[str]:
 # plain files and links
 
 
+def test_a_file_that_another_program_holds_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Windows refuses it while a virus scanner reads the older file."""
+    path, rename, refusals = tmp_path / "metrics.csv", os.replace, [1, 2, 3]
+
+    def held(source: Path, target: Path) -> None:
+        if refusals:
+            refusals.pop()
+            raise PermissionError(errno.EACCES, "Access is denied", target)
+        rename(source, target)
+
+    write(path, "old")
+    monkeypatch.setattr(os, "replace", held)
+    with pytest.raises(RunError, match="cannot write .*metrics.csv: "):
+        write(path)
+    assert path.read_text() == "old" and names(tmp_path) == ["metrics.csv"]
+    monkeypatch.setattr(files, "PAUSES", (0.0, 0.0, 0.0))
+    write(path)
+    assert path.read_text() == "new" and not refusals and names(tmp_path) == ["metrics.csv"]
+
+
 @pytest.mark.parametrize("mode", [0o600, 0o644, 0o755, 0o664])
 def test_a_replaced_file_keeps_its_mode(mode: int, tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
