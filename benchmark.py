@@ -22,6 +22,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from harness import errors
@@ -100,9 +101,9 @@ class Process:
 
     def __init__(self, kind: type[Baseline] | type[ThisProject], job: Job) -> None:
         self.samples, self.steps = job.samples, job.steps
-        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), Process._begin, (kind, job))
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: a terminal's Ctrl-C is for this process
-        self.pool.submit(int)  # starts the other
+        self.begun = self.pool.submit(Process._begin, kind, job)  # starts the other
         signal.signal(signal.SIGINT, handler)
 
     def __enter__(self) -> "Process":
@@ -112,8 +113,15 @@ class Process:
         self.pool.shutdown(cancel_futures=True)
 
     def ask(self, question: Callable[..., Any], *arguments: Any) -> Any:
-        """The answer of one of the functions below."""
-        return self.pool.submit(question, *arguments).result()
+        """The answer of one of the functions below. Raises what the side raises, RunError if it was ended."""
+        try:
+            self.begun.result()
+            return self.pool.submit(question, *arguments).result()
+        except BrokenProcessPool as error:
+            raise errors.RunError(
+                "a side of the benchmark was ended from outside, probably for want of memory; "
+                "give a smaller --batch or --size"
+            ) from error
 
     def settle(self) -> int:
         """Train until it gets no faster, and say how many steps that took.

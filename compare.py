@@ -119,7 +119,10 @@ def read(folder: Path) -> Run:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         rows = []
-        with contextlib.suppress(FileNotFoundError), open(folder / "metrics.csv", encoding="utf-8", newline="") as file:
+        with (
+            contextlib.suppress(FileNotFoundError),
+            open(folder / "metrics.csv", encoding="utf-8-sig", newline="") as file,
+        ):
             rows = [{key: _number(line[key], key) for key in COLUMNS} for line in csv.DictReader(file)]
         recipe, images = Recipe.from_dict(config["recipe"]), config["images"]
         samples = recipe.samples(images["train"], [int(row["stage"]) - 1 for row in rows])
@@ -135,7 +138,8 @@ def read(folder: Path) -> Run:
 def _number(text: str, column: str) -> float | None:
     if not text and column in ("val_loss", "val_accuracy"):
         return None
-    if not math.isfinite(number := float(text)):
+    number = float(text)
+    if not math.isfinite(number) or (column.endswith("accuracy") and not 0 <= number <= 1):
         raise ValueError(f"{column} is {text}")
     return number
 

@@ -32,6 +32,7 @@ from harness.picture_search import HARMLESS, PassedOver
 
 BATCH = 64  # pictures that are scored together
 ON_SHEET = 120  # pictures
+SHEET_COLUMNS = 6
 NAME_LENGTH = 22  # characters of a file's name that fit under its picture
 
 
@@ -205,11 +206,11 @@ def draw_sheet(path: Path, predictions: Sequence[Prediction], trained: TrainedNe
     titles = []
     for file, ((name, share), *_), _ in shown:
         short = text.shortened(Path(file).name, NAME_LENGTH)
-        titles.append(f"{name} {share:.0%}\n{short}")
+        titles.append(f"{plots.beside(name, f' {share:.0%}', SHEET_COLUMNS)}\n{short}")
     first = "" if len(shown) == len(predictions) else f"the first {len(shown)} of "
     heading = f"{trained.file.parent.name}/{trained.file.name}: {first}{len(predictions):,} pictures"
     squares = torch.stack([prediction.square for prediction in shown]).numpy()
-    plots.sample_sheet(path, squares, titles, columns=6, heading=heading)
+    plots.sample_sheet(path, squares, titles, columns=SHEET_COLUMNS, heading=heading)
 
 
 if __name__ == "__main__":

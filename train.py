@@ -99,6 +99,9 @@ def fit(
 
 def begin_or_continue(trainer: "Trainer", run: RunFolder, images: int, runtime: Runtime) -> None:
     """Put the trainer into the state that the run folder holds, if any; else start from --init, or from scratch."""
+    if runtime.overwrite and run.recipe.init:  # which may lie in the very folder that is emptied
+        take_weights(trainer, run.recipe.init)
+        distributed.max_over_ranks(0)
     with distributed.leader_first():
         state = run.resume(runtime.overwrite, runtime.tensorboard)
     trainer.recipe = recipe = run.recipe  # of a run that an older version began, with that version's rules
@@ -108,15 +111,14 @@ def begin_or_continue(trainer: "Trainer", run: RunFolder, images: int, runtime: 
         print("this run is finished; --overwrite starts anew")
         return
     stage_index, epoch = recipe.stage_and_epoch(run.epochs_done)
-    source = run.folder / "last.pt" if state else recipe.init
-    with checkpoint.mismatch_reported(source):
-        if state:
+    if state:
+        with checkpoint.mismatch_reported(run.folder / "last.pt"):
             trainer.net.load_state_dict(state["model"])
-        elif recipe.init:
-            trainer.net.load_state_dict(checkpoint.load_network(recipe.init).model.state_dict())
-        if epoch:  # within a stage; between two stages the weights alone go on
-            trainer.begin_stage(recipe.stages[stage_index], images)
-            trainer.restore(state)
+            if epoch:  # within a stage; between two stages the weights alone go on
+                trainer.begin_stage(recipe.stages[stage_index], images)
+                trainer.restore(state)
+    elif recipe.init and not runtime.overwrite:
+        take_weights(trainer, recipe.init)
     for number, stage in enumerate(recipe.stages, 1):
         if stage.unused_crop_sizes:
             sizes = ", ".join(map(str, stage.unused_crop_sizes))
@@ -124,6 +126,12 @@ def begin_or_continue(trainer: "Trainer", run: RunFolder, images: int, runtime: 
     run.write_config(runtime, trainer.net)
     print(f"{run.folder}: {recipe.name}, {run.epochs_done} of {recipe.epochs} epochs done")
     print(trainer.machine, flush=True)
+
+
+def take_weights(trainer: "Trainer", source: str) -> None:
+    """Start from the weights of a checkpoint or run folder. Raises RunError if they cannot be read, or do not fit."""
+    with checkpoint.mismatch_reported(source):
+        trainer.net.load_state_dict(checkpoint.load_network(source).model.state_dict())
 
 
 def train_stages(

@@ -29,7 +29,7 @@ from model import ResNet, WideNet
 from recipes import Recipe, build_network
 
 FORMAT = 2  # format 1, which is read too, had other names for two settings (see recipes.OLD_NAMES)
-WEIGHTS = ("best.pt", "stage[0-9]*.pt")
+WEIGHTS = ("best.pt", "stage[0-9].pt")
 # exceptions raised when a readable file holds values that do not fit this state or network
 MISMATCH_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 

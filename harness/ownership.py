@@ -13,7 +13,7 @@ from harness.errors import RunError
 from harness.report import PICTURES, REPORT
 from harness.tensorboard_log import EVENT_FILES
 
-BEFORE_FIRST_EPOCH = ("config.json", "views-stage[0-9]*.png")  # what a run writes before it has a state to continue
+BEFORE_FIRST_EPOCH = ("config.json", "views-stage[0-9].png")  # what a run writes before it has a state to continue
 RUN_FILES = (
     "previous.pt",
     "last.pt",

@@ -33,7 +33,7 @@ def suit_folder(recipe: Recipe, runtime: Runtime, dataset: DataSet, train: Tenso
         usual, recipe = recipe, fit_batches(recipe, len(train), distributed.rank_and_world()[1])
         if recipe != usual:
             batches = " and ".join(f"{stage.batch} at rate {stage.lr:.3g}" for stage in recipe.stages if stage.epochs)
-            print(f"batches of {batches}, as there are few pictures; --batch and --lr set others")
+            print(f"batches of {batches}, as the run has few steps; --batch and --lr set others")
     counts = dataset.labels[train].bincount(minlength=len(dataset.classes))
     if counts.max() >= UNEQUAL * counts.min() and not recipe.balance:
         print("the classes are unequal: --balance draws each equally often")
@@ -47,7 +47,8 @@ def fit_views(recipe: Recipe, images: int) -> Recipe:
     """
     views = round(recipe.views_per_image * STL10_TRAIN_IMAGES / images)
     most = max(recipe.views_per_image, MOST_PASSES // recipe.epochs)
-    return dataclasses.replace(recipe, views_per_image=max(1, min(views, most, MOST_VIEWS)))
+    least = math.ceil(LEAST_BATCH / images)  # an epoch is a batch at least
+    return dataclasses.replace(recipe, views_per_image=max(least, min(views, most, MOST_VIEWS)))
 
 
 def fit_batches(recipe: Recipe, images: int, world: int = 1) -> Recipe:
@@ -60,7 +61,7 @@ def fit_batches(recipe: Recipe, images: int, world: int = 1) -> Recipe:
     for index, stage in enumerate(stages):
         samples = stage.epochs * recipe.views_per_image * images
         batch, lr = stage.batch, stage.lr
-        while samples < LEAST_STEPS * batch and batch >= 2 * LEAST_BATCH and batch % (2 * world) == 0:
+        while 0 < samples < LEAST_STEPS * batch and batch >= 2 * LEAST_BATCH and batch % (2 * world) == 0:
             batch, lr = batch // 2, lr / math.sqrt(2)
         stages[index] = dataclasses.replace(stage, batch=batch, lr=lr)
     return dataclasses.replace(recipe, stages=tuple(stages))

@@ -27,6 +27,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E0
 GREY = "#666666"
 CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, "#000000")
 DPI = 150
+SHEET_LETTERS = 112  # that fit side by side below the pictures of a sheet's row
 NAMED_RUNS = 16  # in a legend
 NAMED_CLASSES = 40  # along an axis of the confusion matrix
 WORST_CLASSES = 60  # bars
@@ -103,13 +104,17 @@ def learning_rate(
     stages: Sequence[int],
     *,
     title: str,
+    by_step: bool,
     restarts: Sequence[float] = (),
     stage_names: Sequence[str] = (),
 ) -> Figure:
-    """Learning rate on a logarithmic scale of four decades; one epoch, rate and stage (from 1) a point."""
+    """Learning rate on a logarithmic scale of four decades; one epoch, rate and stage (from 1) a point.
+
+    `by_step`: the rate changes between the points too; otherwise each is that of a whole epoch, from there on.
+    """
     figure, axes = _canvas("epoch", "learning rate")
     peak = max(rates)
-    axes.plot(epochs, rates, color=BLUE, lw=1.5, **_mark(epochs))
+    axes.plot(epochs, rates, color=BLUE, lw=1.5, drawstyle="default" if by_step else "steps-post", **_mark(epochs))
     axes.set_yscale("log", nonpositive="mask")  # the warm-up begins at 0
     axes.set_ylim(peak * 1e-4, peak * 2)
     _timeline(axes, epochs, stages, stage_names, restarts)
@@ -262,6 +267,11 @@ def sample_sheet(
     axes.set_axis_off()
     _title(figure, heading)
     return _save(figure, path)
+
+
+def beside(name: str, words: str = "", columns: int = 8) -> str:
+    """A class name, shortened so that it and `words` behind it fit a line below a picture of `sample_sheet`."""
+    return shortened(printable(name), SHEET_LETTERS // columns - len(words)) + words
 
 
 def _canvas(x_label: str, y_label: str, height: float = 4.5) -> tuple[Figure, Axes]:

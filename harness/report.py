@@ -236,7 +236,11 @@ def draw(folder: Path, entry: Entry, classes: Sequence[str], images: Tensor, lab
         plots.sample_sheet(
             folder / "mistakes.png",
             images[worst].numpy(),
-            [f"{classes[predictions[i]]} {confidence[i]:.0%}\n(is {classes[labels[i]]})" for i in worst.tolist()],
+            [
+                plots.beside(classes[predictions[i]], f" {confidence[i]:.0%}")
+                + f"\n(is {plots.beside(classes[labels[i]], ')', 11)}"
+                for i in worst.tolist()
+            ],
             heading=f"{sized}\nthe {len(worst)} most confident of {len(wrong):,} mistakes",
         )
 

@@ -58,6 +58,7 @@ class RunFolder:
         self.rows: list[dict[str, Any]] = []
         self._tensorboard: TensorBoardLog | None = None
         self._drawn = time.monotonic()
+        self._finished_before = False  # by an earlier process, whose machine the summary names
 
     @property
     def epochs_done(self) -> int:
@@ -101,6 +102,8 @@ class RunFolder:
         if self.machine.leads:
             files.remove_leftovers(self.folder, ownership.RUN_FILES)  # of a killed run; no other writes here now
         if state is not None:
+            self._finished_before = self.epochs_done == self.recipe.epochs
+            self.machine.notes[:0] = [note for note in state.get("notes", []) if note not in self.machine.notes]
             state["recipe"] = self.recipe.as_dict()  # the same settings, under their present names
             self._write_derived(state)
             was, now = state.get("precision"), self.machine.as_dict()["precision"]
@@ -172,7 +175,8 @@ class RunFolder:
         stage = self.recipe.stages[stage_index]
         return (
             f"epoch {self.epochs_done + 1}: batches of {stage.batch} views of {stage.crop_size_at(epoch)} px, "
-            f"scored at {stage.eval_size} px; give a smaller --batch, --crop-size or --eval-size"
+            f"scored at {stage.eval_size} px; give a smaller --batch, --crop-size or --eval-size, "
+            "or fewer --views, whose random numbers are drawn an epoch at a time"
         )
 
     def commit(self, row: dict[str, Any], trained: dict[str, Any]) -> None:
@@ -188,6 +192,7 @@ class RunFolder:
             "eval_size": self.recipe.stages[row["stage"] - 1].eval_size,
             "epoch": row["epoch"],
             "precision": self.machine.as_dict()["precision"],
+            "notes": self.machine.notes,
             "rows": self.rows,
             **trained,
         }
@@ -246,9 +251,9 @@ class RunFolder:
     def _label(self, label: int, other: int, share: float) -> str:
         """What a view shows; where it is mixed of two classes, the larger part first."""
         if label == other or round(share * 100) in (0, 100):
-            return self.classes[label if share >= 0.5 else other]
+            return plots.beside(self.classes[label if share >= 0.5 else other])
         parts = sorted([(share, self.classes[label]), (1 - share, self.classes[other])], reverse=True)
-        return "\n".join(f"{name} {part:.0%}" for part, name in parts)
+        return "\n".join(plots.beside(name, f" {part:.0%}") for part, name in parts)
 
     def draw(self) -> None:
         """Draw the plots of the rows."""
@@ -263,12 +268,14 @@ class RunFolder:
         if self.best is not None:
             plots.accuracy(self.folder / "accuracy.png", self.rows, val_images=self.images["val"], **shared)
         plots.losses(self.folder / "losses.png", self.rows, **shared)
-        points = [(n, epoch / 8) for n, stage in enumerate(recipe.stages) for epoch in range(8 * stage.epochs)]
+        fine = 8 if recipe.rate_by_step else 1  # points an epoch
+        points = [(n, epoch / fine) for n, stage in enumerate(recipe.stages) for epoch in range(fine * stage.epochs)]
         plots.learning_rate(
             self.folder / "learning_rate.png",
             [recipe.first_epoch_of(index) + epoch for index, epoch in points],
             [recipe.learning_rate(recipe.stages[index], epoch) for index, epoch in points],
             [index + 1 for index, _ in points],
+            by_step=recipe.rate_by_step,
             **shared,
         )
         self._drawn = time.monotonic()
@@ -302,7 +309,9 @@ class RunFolder:
             "seconds": round(sum(row["seconds"] for row in self.rows), 1),
             **self.machine.as_dict(),
         }
-        files.write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        path = self.folder / "summary.json"
+        if not (self._finished_before and path.exists()):
+            files.write_text(path, json.dumps(summary, indent=2) + "\n")
         print(f"{summary['parameters']:,} parameters, {summary['samples']:,} samples, {duration(summary['seconds'])}")
         for key in ("last", "best, selected on these images"):
             if summary[key]:

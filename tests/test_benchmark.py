@@ -14,6 +14,7 @@ from benchmark import ThisProject
 from harness import baseline, demo_shapes
 from harness.baseline import Baseline, Job, pil_views
 from harness.cli import Runtime
+from harness.errors import RunError
 from recipes import RECIPES
 
 
@@ -180,6 +181,13 @@ def test_a_side_answers_from_a_process_of_its_own():
         assert side.ask(benchmark.Process.peak_memory) > 2**26
         with pytest.raises(AttributeError, match="no attribute 'rest'"):
             side.ask(benchmark.Process.call, "rest")
+
+
+def test_a_side_that_cannot_begin_or_is_ended_is_a_sentence():
+    with benchmark.Process(int, job()) as side, pytest.raises(TypeError, match="must be a string"):
+        side.ask(os.getpid)
+    with benchmark.Process(ThisProject, job()) as side, pytest.raises(RunError, match="was ended from outside"):
+        side.ask(os._exit, 9)
 
 
 def test_the_command_prints_a_table_and_writes_every_figure(small, tmp_path, capsys, monkeypatch):

@@ -24,7 +24,7 @@ def make_run(folder: Path, accuracies: list[float | None], **recipe: object) -> 
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for number, accuracy in enumerate(accuracies, 1):
-            row = dict.fromkeys(COLUMNS, 1.5) | {"stage": 1 if number <= 3 else 2, "epoch": number, "seconds": 90.0}
+            row = dict.fromkeys(COLUMNS, 0.5) | {"stage": 1 if number <= 3 else 2, "epoch": number, "seconds": 90.0}
             writer.writerow(row | {"val_accuracy": accuracy, "val_loss": None if accuracy is None else 1.0})
     return folder
 
@@ -92,7 +92,8 @@ def test_other_val_images_are_told(tmp_path, capsys, change, told):
 
 @pytest.mark.parametrize(
     "file, content", [("config.json", None), ("config.json", "{}"), ("config.json", "{"),
-                      ("metrics.csv", "stage,epoch\n1,1\n"), ("metrics.csv", "\x00\xff")],
+                      ("metrics.csv", "stage,epoch\n1,1\n"), ("metrics.csv", "\x00\xff"),
+                      ("metrics.csv", ",".join(COLUMNS) + "\n1,1,0.1,2.0,0.5,2.0,84.4,9,9\n")],
 )  # fmt: skip
 def test_what_is_no_run_is_one_line(tmp_path, capsys, file, content):
     folder = make_run(tmp_path / "a", [0.5])
@@ -102,6 +103,13 @@ def test_what_is_no_run_is_one_line(tmp_path, capsys, file, content):
     assert run(folder) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"error: {folder}") and said.count("\n") == 1
+
+
+def test_a_table_that_excel_has_saved_is_read(tmp_path, capsys):
+    folder = make_run(tmp_path / "a", [0.5])
+    saved = (folder / "metrics.csv").read_text()
+    (folder / "metrics.csv").write_text(saved, encoding="utf-8-sig")
+    assert run(folder) == 0 and "50.0% in epoch 1" in capsys.readouterr().out
 
 
 def test_columns_are_aligned():

@@ -12,7 +12,7 @@ from harness import checkpoint
 from harness.cli import parse_train
 from harness.errors import RunError
 from harness.picture_defaults import LEAST_BATCH, LEAST_STEPS, MOST_PASSES, fit_batches, fit_views
-from recipes import RECIPES
+from recipes import RECIPES, replace
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,7 @@ from recipes import RECIPES
         ("cpu", 800, 70),
         ("cpu", 400, MOST_PASSES // 4),
         ("cpu", 40, MOST_PASSES // 4),
+        ("cpu", 4, MOST_PASSES // 4),
         ("cpu", 50_000, 1),
         ("cpu", 1_000_000, 1),
         ("original", 4_000, 20),
@@ -80,6 +81,14 @@ def test_batches_that_leave_enough_steps(name, images, batches):
         assert (after.epochs, after.crop_size, after.eval_size) == (before.epochs, before.crop_size, before.eval_size)
 
 
+def test_an_epoch_is_a_batch_at_least_and_stages_that_are_skipped_stay():
+    many = replace(RECIPES["cpu"], {"epochs": [40]})
+    recipe = fit_batches(fit_views(many, 2), 2)
+    assert recipe.views_per_image * 2 >= recipe.stages[0].batch == LEAST_BATCH
+    skipped = replace(RECIPES["original"], {"epochs": [0, 140]})
+    assert fit_batches(skipped, 50_000) == skipped
+
+
 @pytest.mark.parametrize("world, batch", [(1, 32), (8, 32), (64, 64), (128, 128)])
 def test_fitted_batches_can_be_shared_equally(world, batch):
     assert fit_batches(fit_views(RECIPES["cpu"], 50), 50, world).stages[0].batch == batch
@@ -134,7 +143,7 @@ def test_batches_by_default_are_said_and_stored(tmp_path, empty_plots, capsys):
     assert train.main(command) == 0
     said = capsys.readouterr().out.splitlines()
     chosen = "batches of 32 at rate 0.00566 and 32 at rate 0.00283"
-    assert f"{chosen}, as there are few pictures; --batch and --lr set others" in said
+    assert f"{chosen}, as the run has few steps; --batch and --lr set others" in said
     stages = json.loads((tmp_path / "run" / "config.json").read_text())["recipe"]["stages"]
     assert [(stage["batch"], round(stage["lr"], 5)) for stage in stages] == [(32, 0.00566), (32, 0.00283)]
     rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[1:]

@@ -116,11 +116,19 @@ def test_losses_show_the_rows(tmp_path):
 def test_learning_rate_shows_the_plan(tmp_path):
     rates = [1e-3, 5e-4, 0.0, 4e-4]
     figure = plots.learning_rate(
-        tmp_path / "rate.png", [1, 2, 3, 4], rates, [1, 1, 1, 2], title="tiny", restarts=[4], stage_names=NAMES
+        tmp_path / "rate.png",
+        [1, 2, 3, 4],
+        rates,
+        [1, 1, 1, 2],
+        title="tiny",
+        by_step=False,
+        restarts=[4],
+        stage_names=NAMES,
     )
     assert_picture(tmp_path / "rate.png", 1200, 675)
     axes = figure.axes[0]
     assert axes.lines[0].get_ydata().tolist() == rates
+    assert axes.lines[0].get_drawstyle() == "steps-post"
     assert axes.get_yscale() == "log" and axes.get_ylim() == pytest.approx((1e-7, 2e-3))
     assert marks(figure, 1.2) == [3.5]
     assert "peak 0.001, last 0.0004" in words(figure)
@@ -193,6 +201,12 @@ def test_sample_sheet_holds_every_image_in_its_place(tmp_path, titles, kind):
         assert (sheet[top : top + 20, index % 3 * left : index % 3 * left + 20] == value).all()
     assert (sheet[below : below + 20, 2 * left :] == 255).all()  # the sixth place is empty
     assert [text.get_text() for text in figure.axes[0].texts] == (titles or [])
+
+
+def test_class_names_fit_below_the_pictures_of_a_sheet():
+    assert plots.beside("airplane", " 93%") == "airplane 93%"
+    assert plots.beside("Tomato__Tomato_YellowLeaf__Curl_Virus", " 93%") == "Tomato__T… 93%"
+    assert plots.beside("Tomato__Tomato_YellowLeaf__Curl_Virus", " 93%", 6) == "Tomato__Tomat… 93%"
 
 
 def test_images_keep_channels_rows_and_columns(tmp_path):
