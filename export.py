@@ -6,9 +6,9 @@
     python3 export.py last.pt --format weights              # model.pt, of half the size, for this project's commands
 
 Both exchange formats take RGB pixels from 0 to 255 as float32 (N, 3, H, W), of any number and any size from 32 px, and
-give logits (N, classes): the normalisation is inside, the resizing is not (exported by PyTorch 2.11 they take even sizes
-only, or odd ones where the run's eval size is odd). Each file is loaded back and compared with
-the network that it was made of before it gets its name.
+give logits (N, classes): the normalisation is inside, the resizing is not. (Exported by PyTorch 2.11 they take even
+sizes only, or odd ones where the run's eval size is odd.) Each file is loaded back and compared with the network that
+it was made of before it gets its name.
 """
 
 import argparse
