@@ -104,17 +104,13 @@ def learning_rate(
     stages: Sequence[int],
     *,
     title: str,
-    by_step: bool,
     restarts: Sequence[float] = (),
     stage_names: Sequence[str] = (),
 ) -> Figure:
-    """Learning rate on a logarithmic scale of four decades; one epoch, rate and stage (from 1) a point.
-
-    `by_step`: the rate changes between the points too; otherwise each is that of a whole epoch, from there on.
-    """
+    """Learning rate on a logarithmic scale of four decades; one epoch, rate and stage (from 1) a point."""
     figure, axes = _canvas("epoch", "learning rate")
     peak = max(rates)
-    axes.plot(epochs, rates, color=BLUE, lw=1.5, drawstyle="default" if by_step else "steps-post", **_mark(epochs))
+    axes.plot(epochs, rates, color=BLUE, lw=1.5, **_mark(epochs))
     axes.set_yscale("log", nonpositive="mask")  # the warm-up begins at 0
     axes.set_ylim(peak * 1e-4, peak * 2)
     _timeline(axes, epochs, stages, stage_names, restarts)

@@ -268,14 +268,13 @@ class RunFolder:
         if self.best is not None:
             plots.accuracy(self.folder / "accuracy.png", self.rows, val_images=self.images["val"], **shared)
         plots.losses(self.folder / "losses.png", self.rows, **shared)
-        fine = 8 if recipe.rate_by_step else 1  # points an epoch
-        points = [(n, epoch / fine) for n, stage in enumerate(recipe.stages) for epoch in range(fine * stage.epochs)]
+        points = [(n, epoch / 8) for n, stage in enumerate(recipe.stages) for epoch in range(8 * stage.epochs)]
+        at = float if recipe.rate_by_step else int  # a rate that changes with the epoch is that of its beginning
         plots.learning_rate(
             self.folder / "learning_rate.png",
             [recipe.first_epoch_of(index) + epoch for index, epoch in points],
-            [recipe.learning_rate(recipe.stages[index], epoch) for index, epoch in points],
+            [recipe.learning_rate(recipe.stages[index], at(epoch)) for index, epoch in points],
             [index + 1 for index, _ in points],
-            by_step=recipe.rate_by_step,
             **shared,
         )
         self._drawn = time.monotonic()

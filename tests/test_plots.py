@@ -121,14 +121,12 @@ def test_learning_rate_shows_the_plan(tmp_path):
         rates,
         [1, 1, 1, 2],
         title="tiny",
-        by_step=False,
         restarts=[4],
         stage_names=NAMES,
     )
     assert_picture(tmp_path / "rate.png", 1200, 675)
     axes = figure.axes[0]
     assert axes.lines[0].get_ydata().tolist() == rates
-    assert axes.lines[0].get_drawstyle() == "steps-post"
     assert axes.get_yscale() == "log" and axes.get_ylim() == pytest.approx((1e-7, 2e-3))
     assert marks(figure, 1.2) == [3.5]
     assert "peak 0.001, last 0.0004" in words(figure)
