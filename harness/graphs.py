@@ -67,7 +67,7 @@ class Graphs:
             self._refused.add(function.__name__)
             what, why = function.__name__.replace("_", " "), reason(error.__context__ or error)
             self.machine.note(f"{what} could not be captured as a CUDA graph ({why}): it is slower without")
-        if function.__name__ in self._refused:
+        if function.__name__ in self._refused:  # called out here, where the exception holds no memory any more
             return function(*tensors, *constants)
         return self._graphs[key].replay(tensors)
 

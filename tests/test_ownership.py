@@ -15,7 +15,7 @@ import compare
 import evaluate
 import export
 import train
-from harness import checkpoint, cli, ownership, plots, scoring_ledger
+from harness import checkpoint, cli, ownership, scoring_ledger
 from harness.errors import RunError
 from harness.images import recorded_source
 from recipes import Stage
@@ -118,32 +118,6 @@ def test_overwriting_a_run_with_its_own_weights_keeps_these(run: Path) -> None:
     assert begun.recipe.seed == 5
     for name, value in begun.model.named_parameters():
         torch.testing.assert_close(value, weights[name], rtol=1e-6, atol=1e-6)
-
-
-def test_a_finished_runs_summary_names_the_machine_that_trained_it(run: Path) -> None:
-    before = (run / "summary.json").read_bytes()
-    assert json.loads(before)["precision"] == "fp32"
-    assert trained(run, "--precision", "bf16") == 0
-    assert (run / "summary.json").read_bytes() == before
-
-
-def test_notes_outlive_the_process_that_made_them(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    flags = ["--crop-size", "32,40,48", "32", "--epochs", 2, 1]
-    assert trained(folder, *flags, "--max-minutes", 1e-6) == 3
-    noted = checkpoint.load(folder / "last.pt")["notes"]
-    assert any("too few for its crop size(s) 48 px" in note for note in noted)
-    assert trained(folder, *flags, "--precision", "bf16") == 0
-    told = json.loads((folder / "summary.json").read_text())["notes"]
-    assert told[: len(noted)] == noted and "has been trained in fp32 so far, and goes on in bf16" in told[-1]
-    assert checkpoint.load(folder / "last.pt")["notes"] == told
-
-
-def test_the_plotted_rates_are_those_of_the_rows(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = {}
-    monkeypatch.setattr(plots, "learning_rate", lambda path, epochs, rates, *_, **how: drawn.update(rates=rates))
-    assert trained(run) == 0
-    assert drawn["rates"] == [row["lr"] for row in checkpoint.load(run / "last.pt")["rows"] for _ in range(8)]
 
 
 def test_a_run_that_was_killed_in_its_first_epoch_begins_again(run: Path) -> None:

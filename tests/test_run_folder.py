@@ -1,6 +1,9 @@
-"""The pictures of training views that a run leaves: what the network was given, and what it was told they show."""
+"""What a run leaves in its folder: pictures of training views, rates, notes and the summary."""
 
+import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from conftest import TINY_RUN
 
 import train
 from augment import denormalise
-from harness import plots
+from harness import checkpoint, plots
 from harness.demo_shapes import DEMO_CLASSES
 
 MIXED = "--mixup 1 --cutmix 1 --mix-probability 0.8 --erase 0.5".split()
@@ -45,3 +48,40 @@ def test_sheets_of_views_show_the_first_batch_of_each_stage(flags, tmp_path, sma
             assert list(shown) == sorted(shown, key=lambda name: -int(shown[name])), title
             two += len(shown) == 2
         assert (two > 0) == bool(flags)
+
+
+@pytest.fixture
+def run(tiny_run: Path, tmp_path: Path, small_demo, empty_plots) -> Path:
+    """A finished run that may be changed."""
+    return Path(shutil.copytree(tiny_run, tmp_path / "run"))
+
+
+def trained(folder: Path, *flags: object) -> int:
+    place = ["--data-dir", str(folder.parent / "data"), "--out", str(folder)]
+    return train.main([*TINY_RUN, *place, *map(str, flags)])
+
+
+def test_a_finished_runs_summary_names_the_machine_that_trained_it(run: Path) -> None:
+    before = (run / "summary.json").read_bytes()
+    assert json.loads(before)["precision"] == "fp32"
+    assert trained(run, "--precision", "bf16") == 0
+    assert (run / "summary.json").read_bytes() == before
+
+
+def test_notes_outlive_the_process_that_made_them(tmp_path: Path, small_demo, empty_plots) -> None:
+    folder = tmp_path / "run"
+    flags = ["--crop-size", "32,40,48", "32", "--epochs", 2, 1]
+    assert trained(folder, *flags, "--max-minutes", 1e-6) == 3
+    noted = checkpoint.load(folder / "last.pt")["notes"]
+    assert any("too few for its crop size(s) 48 px" in note for note in noted)
+    assert trained(folder, *flags, "--precision", "bf16") == 0
+    told = json.loads((folder / "summary.json").read_text())["notes"]
+    assert told[: len(noted)] == noted and "has been trained in fp32 so far, and goes on in bf16" in told[-1]
+    assert checkpoint.load(folder / "last.pt")["notes"] == told
+
+
+def test_the_plotted_rates_are_those_of_the_rows(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = {}
+    monkeypatch.setattr(plots, "learning_rate", lambda path, epochs, rates, *_, **how: drawn.update(rates=rates))
+    assert trained(run) == 0
+    assert drawn["rates"] == [row["lr"] for row in checkpoint.load(run / "last.pt")["rows"] for _ in range(8)]
