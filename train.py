@@ -11,7 +11,6 @@ metrics.csv and checkpoints → plots. The same command again continues where it
 """
 
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -359,4 +358,4 @@ class Trainer:
 
 
 if __name__ == "__main__":
-    sys.exit(errors.report(main))
+    distributed.end_process(errors.report(main))

@@ -223,6 +223,16 @@ def test_half_an_environment_is_explained(monkeypatch: pytest.MonkeyPatch) -> No
         distributed.rank_and_world()
 
 
+@pytest.mark.parametrize(("world", "said"), [("1", "before\nend of the interpreter\n"), ("2", "before\n")])
+def test_one_of_several_processes_ends_without_the_interpreters_end(world: str, said: str) -> None:
+    code = "import atexit; from harness.distributed import end_process; "
+    code += "atexit.register(print, 'end of the interpreter'); print('before'); end_process(3)"
+    surroundings = processes.environment() | {"WORLD_SIZE": world}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=LIMIT)
+    assert (done.returncode, done.stdout, done.stderr) == (3, said, "")
+
+
 @pytest.mark.slow
 def test_torchrun(tmp_path: Path) -> None:
     flags = [*picture_folders.TINY, "--epochs", "1", "0", "--images", str(fill(tmp_path / "pictures", 5))]
