@@ -267,7 +267,8 @@ def split_of(member: TrainedNetwork, args: argparse.Namespace) -> tuple[Tensor, 
     except data.MissingFiles as error:
         raise RunError(
             f"the test images are missing: test_X.bin and test_y.bin of the official archive belong in "
-            f"{source.data_dir / data.FOLDER} (or see --data-dir); no run needs them, as test images choose nothing"
+            f"{source.data_dir / data.FOLDER} (or see --data-dir); where the training files are missing too, "
+            "evaluate.py without --split test fetches all four"
         ) from error
     return dataset.images, dataset.labels
 

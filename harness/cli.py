@@ -56,7 +56,8 @@ def train_parser() -> argparse.ArgumentParser:
     """The command line of `train.py`: one flag per field, grouped by the dataclass that holds it."""
     parser = argparse.ArgumentParser(
         prog="train.py",
-        description="Train a small image classifier from scratch. The same command again continues where it stopped.",
+        description="Train a small image classifier from scratch. The same command again continues where it stopped. "
+        "Defaults below are those of recipe original; another --recipe, or --images, brings its own (recipes.py).",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
