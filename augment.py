@@ -10,7 +10,7 @@ state to restore. Nothing waits for the device: no constant is copied to it and 
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import permutations
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 import operations
 from operations import adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation
+from settings import check_limits, option
 
 # CIFAR-100's published figures, as in the original; STL-10's are (0.447, 0.440, 0.407) and (0.260, 0.257, 0.271).
 MEAN = (0.507, 0.487, 0.441)
@@ -47,27 +48,25 @@ COLOUR_ORDERS = tuple(permutations(range(4)))  # of brightness 0, contrast 1, sa
 class ViewOptions:
     """Options of the views; the defaults are the original's. Raises ValueError where one is out of range."""
 
-    crop_scale: tuple[float, float] = field(
-        default=(0.08, 1.0), metadata={"help": "smallest and largest area of the random crop, as a share of the image"}
+    crop_scale: tuple[float, float] = option(
+        "smallest and largest area of the random crop, as a share of the image", (0.08, 1.0), above=0.0, high=1.0
     )
-    crop_ratio: tuple[float, float] = field(
-        default=(3 / 4, 4 / 3), metadata={"help": "smallest and largest width / height of the random crop"}
+    crop_ratio: tuple[float, float] = option(
+        "smallest and largest width / height of the random crop", (3 / 4, 4 / 3), above=0.0, high=1000.0
     )
-    rotation: float = field(default=45.0, metadata={"help": "largest rotation either way, in degrees"})
-    hflip: float = field(default=0.5, metadata={"help": "probability of a left-right flip, 0 to 1"})
-    vflip: float = field(default=0.5, metadata={"help": "probability of an upside-down flip, 0 to 1"})
-    brightness: float = field(default=0.3, metadata={"help": "b: brightness times a factor in 1 ± b, 0 off"})
-    contrast: float = field(default=0.3, metadata={"help": "c: contrast times a factor in 1 ± c, 0 off"})
-    saturation: float = field(default=0.3, metadata={"help": "s: saturation times a factor in 1 ± s, 0 off"})
-    hue: float = field(default=0.3, metadata={"help": "largest shift of the hue, in turns of its circle, 0 to 0.5"})
-    trivial_augment: bool = field(
-        default=False, metadata={"help": "one random operation more on each view, of fourteen, at a random strength"}
-    )
-    erase: float = field(default=0.0, metadata={"help": "probability that a square patch is erased (cutout), 0 to 1"})
-    erase_size: float = field(default=0.3, metadata={"help": "side of the erased patch, as a share of the view's side"})
-    mixup: float = field(default=0.0, metadata={"help": "alpha of Mixup's Beta(alpha, alpha), 0 off"})
-    cutmix: float = field(default=0.0, metadata={"help": "alpha of CutMix's Beta(alpha, alpha), 0 off"})
-    mix_probability: float = field(default=1.0, metadata={"help": "share of the samples that are mixed, 0 to 1"})
+    rotation: float = option("largest rotation either way, in degrees", 45.0, low=0.0, high=180.0)
+    hflip: float = option("probability of a left-right flip", 0.5, low=0.0, high=1.0)
+    vflip: float = option("probability of an upside-down flip", 0.5, low=0.0, high=1.0)
+    brightness: float = option("b: brightness times a factor in 1 ± b, 0 off", 0.3, low=0.0, high=100.0)
+    contrast: float = option("c: contrast times a factor in 1 ± c, 0 off", 0.3, low=0.0, high=100.0)
+    saturation: float = option("s: saturation times a factor in 1 ± s, 0 off", 0.3, low=0.0, high=100.0)
+    hue: float = option("largest shift of the hue, in turns of its circle", 0.3, low=0.0, high=0.5)
+    trivial_augment: bool = option("one random operation more on each view, of fourteen, at a random strength", False)
+    erase: float = option("probability that a square patch is erased (cutout)", 0.0, low=0.0, high=1.0)
+    erase_size: float = option("side of the erased patch, as a share of the view's side", 0.3, low=0.0, high=1.0)
+    mixup: float = option("alpha of Mixup's Beta(alpha, alpha), 0 off", 0.0, low=0.0, high=1000.0)
+    cutmix: float = option("alpha of CutMix's Beta(alpha, alpha), 0 off", 0.0, low=0.0, high=1000.0)
+    mix_probability: float = option("share of the samples that are mixed", 1.0, low=0.0, high=1.0)
 
     @property
     def mixes(self) -> bool:
@@ -75,20 +74,11 @@ class ViewOptions:
         return bool(self.mixup or self.cutmix)
 
     def __post_init__(self) -> None:
+        check_limits(self)
         for name in ("crop_scale", "crop_ratio"):
             limits = getattr(self, name)
-            if len(limits) != 2 or not 0 < limits[0] <= limits[1] < math.inf:
-                raise ValueError(f"{name} must be two positive numbers, smallest first, not {limits}")
-        if self.crop_scale[1] > 1:
-            raise ValueError(f"crop_scale must not exceed 1, the whole image, not {self.crop_scale}")
-        highest = {"rotation": 180, "hue": 0.5}
-        highest |= dict.fromkeys(("hflip", "vflip", "erase", "erase_size", "mix_probability"), 1)
-        highest |= dict.fromkeys(("brightness", "contrast", "saturation", "mixup", "cutmix"), math.inf)
-        for name, high in highest.items():
-            value = getattr(self, name)
-            if not 0 <= value <= high or value == math.inf:
-                allowed = "0 or more" if high == math.inf else f"from 0 to {high}"
-                raise ValueError(f"{name} must be {allowed}, not {value}")
+            if len(limits) != 2 or limits[0] > limits[1]:
+                raise ValueError(f"{name} is two numbers, the smaller first, not {limits}")
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class ThisProject:
         self.images, self.labels = (part.to(self.machine.device) for part in load(job.data_dir))
         self.trainer = Trainer(job.recipe, CLASSES, self.machine)
         self.stage = Stage(1, (job.size,), job.eval_size, job.batch, 1e-3)
-        self.trainer.begin_stage(self.stage, len(self.images))
+        self.trainer.begin_stage(self.stage, job.samples)
         self.index = torch.arange(job.samples) % len(self.images)
         self.draws = self._draw()
         self.batch = self._batch(0)

@@ -9,8 +9,6 @@ A run is read from its `config.json` and `metrics.csv` alone, finished or still 
 import argparse
 import contextlib
 import csv
-import glob
-import itertools
 import json
 import math
 import sys
@@ -24,7 +22,7 @@ if __name__ == "__main__":
     errors.before_imports()
 
 from harness import canvas, plots, text
-from harness.cli import file_path, png_path
+from harness.cli import expanded, file_path, png_path
 from harness.errors import RunError, reason
 from harness.metrics import wilson
 from harness.run_folder import COLUMNS, best_row
@@ -92,7 +90,7 @@ def gather(named: Sequence[Path]) -> tuple[list[Run], bool]:
     Raises RunError where no run is left.
     """
     runs, skipped, broken = {}, [], False
-    for path in itertools.chain.from_iterable(map(_expanded, named)):
+    for path in expanded(named):
         try:
             runs.setdefault(path.resolve(), read(path))
         except RunError as error:
@@ -103,12 +101,6 @@ def gather(named: Sequence[Path]) -> tuple[list[Run], bool]:
     for sentence in skipped:
         print(f"skipped: {text.printable(sentence)}", file=sys.stderr)
     return list(runs.values()), broken
-
-
-def _expanded(path: Path) -> list[Path]:
-    """The path, or what a pattern stands for that the shell has left as it is, as on Windows."""
-    matches = sorted(glob.glob(str(path))) if glob.has_magic(str(path)) and not path.exists() else []
-    return [Path(match) for match in matches] or [path]
 
 
 def read(folder: Path) -> Run:
@@ -174,13 +166,17 @@ def _with_interval(accuracy: float, images: int) -> str:
 def notes(runs: list[Run]) -> list[str]:
     """What the reader of the table must know."""
     said = ["the best val accuracy is selected on the very images that it is of; the last is not"]
-    splits = ("split_seed", "val_fraction", "fold", "tune_fold")
     validated = {
-        repr((run.recipe.name == "demo", run.images, *(getattr(run.recipe, name) for name in splits))) for run in runs
+        repr((run.recipe.name == "demo", run.images, run.recipe.tune_fold, *_validating(run.recipe))) for run in runs
     }
     if len(validated) > 1:
         said.append("these runs do not all validate on the same images: small differences mean nothing")
     return said
+
+
+def _validating(recipe: Recipe) -> tuple[float, ...]:
+    """What chooses a run's validation images: an official fold, or by lot."""
+    return (recipe.fold,) if recipe.fold is not None else (recipe.split_seed, recipe.val_fraction)
 
 
 if __name__ == "__main__":

@@ -27,12 +27,12 @@ from tqdm import tqdm
 import data
 from harness import checkpoint, files, metrics, ownership, report, scoring, scoring_ledger
 from harness.checkpoint import TrainedNetwork
-from harness.cli import file_path, machine_settings, network_parser, refuse_among_pictures, whole_number
+from harness.cli import expanded, file_path, machine_settings, network_parser, refuse_among_pictures, whole_number
 from harness.errors import RunError
 from harness.images import load_for_network, load_test_images, recorded_source
 from harness.machine import Machine, start_machine
 from harness.report import Evaluation
-from recipes import Recipe
+from recipes import TTA, Recipe
 
 CHUNK = 250  # images between two ticks of the progress bar
 
@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out or default_folder(args, networks)
     for network in (network for side in sides for network in side):
         refuse_among_pictures(parser, out, recorded_source(network.file, args.data_dir, args.images).images)
+    if args.split == "test":
+        scoring_ledger.warn(dict.fromkeys(network.file.parent for side in sides for network in side))
     files.make_folder(out)
     earlier = ownership.pictures_written(out)
     evaluated: list[list[Evaluation]] = [[] for _ in sides]
@@ -128,9 +130,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--tta",
-        choices=scoring.TTA,
+        choices=TTA,
         help="test-time augmentation; predictions are averaged over: "
-        + "; ".join(f"{name}: {what}" for name, what in scoring.TTA.items())
+        + "; ".join(f"{name}: {what}" for name, what in TTA.items())
         + " (default: as the run validates)",
     )
     parser.add_argument("--ensemble", action="store_true", help="average the predictions of the networks into one")
@@ -163,6 +165,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[lis
     if args.size and len(args.size) > 1 and (args.protocol == "original" or args.split == "test"):
         parser.error("several sizes are compared on clean val images only: the test images choose nothing")
     args.size = sorted(set(args.size)) if args.size else [None]
+    args.networks, args.against = expanded(args.networks), expanded(args.against)
     sides = [side for side in (args.networks, args.against) if side]
     if args.ensemble and any(len(side) < 2 for side in sides):
         parser.error("--ensemble takes two networks or more")
@@ -182,7 +185,7 @@ def default_folder(args: argparse.Namespace, networks: list[TrainedNetwork]) -> 
     parts += ["ensemble"] if args.ensemble else []
     parts += ["against"] if args.against else []
     parts += ["original"] if args.protocol == "original" else []
-    return (file.parent if len(networks) == 1 else file.parent.parent) / "-".join(parts)
+    return (file.parent if len(networks) == 1 else file.absolute().parent.parent) / "-".join(parts)
 
 
 def averaged_over(recipe: Recipe) -> Recipe:
@@ -220,8 +223,6 @@ def evaluate(members: list[TrainedNetwork], args: argparse.Namespace, machine: M
     images, labels = images_of(members, args)
     labels = labels.to(machine.device)
     print(f"{report.name(members)}: {len(labels):,} {args.split} images, {machine}", flush=True)
-    if args.split == "test":
-        scoring_ledger.warn([member.file.parent for member in members])
     about, results, right, shown = [report.about(member) for member in members], [], [], 0
     for size in args.size:
         if args.protocol == "original":
@@ -234,9 +235,10 @@ def evaluate(members: list[TrainedNetwork], args: argparse.Namespace, machine: M
             shown, scored = len(results) - 1, Scored(images, labels, scores)
     entry = report.entry(members, about, args.split, results, shown) | {"images_sha256": report.digest(images, labels)}
     if args.split == "test":
-        for member, facts in zip(members, about, strict=True):
-            result = {key: results[0][key] for key in ("size", "tta", "accuracy")}
-            scoring_ledger.add(member.file.parent, **facts, ensemble_of=len(members), **result)
+        result = {key: results[0][key] for key in ("size", "tta", "accuracy")}
+        by_folder = {member.file.parent: facts for member, facts in zip(members, about, strict=True)}
+        for folder, facts in by_folder.items():
+            scoring_ledger.add(folder, **facts, ensemble_of=len(members), **result)
     return Evaluation(entry, right), scored
 
 

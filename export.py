@@ -175,7 +175,8 @@ def quiet() -> Iterator[None]:
 
 
 def metadata(trained: TrainedNetwork) -> dict[str, str]:
-    """What the user of a file must know, as text."""
+    """What the user of a file must know, as text. `val_accuracy` is of answers averaged as `val_accuracy_tta` says."""
+    tta = trained.recipe.tta_at(trained.epoch - 1)
     return {
         "input": INPUT,
         "output": "logits, float32 (N, classes)",
@@ -183,7 +184,7 @@ def metadata(trained: TrainedNetwork) -> dict[str, str]:
         "eval_size": str(trained.eval_size),
         "recipe": trained.recipe.name,
         "epoch": str(trained.epoch),
-    } | ({"val_accuracy": str(trained.val_accuracy)} if trained.selected else {})
+    } | ({"val_accuracy": str(trained.val_accuracy), "val_accuracy_tta": tta} if trained.selected else {})
 
 
 def _program(trained: TrainedNetwork) -> torch.export.ExportedProgram:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 PARAMETER_BUDGET = 2_000_000
+SMALLER_NETWORK = "give smaller --layers or --planes, or a larger --budget"
 SMALLEST_INPUT = 32
 NETWORKS = ("bottleneck", "wide")
 SLOPE = 0.1
@@ -34,9 +35,10 @@ def build_model(
     if kind not in NETWORKS:
         raise ValueError(f"kind is one of {', '.join(NETWORKS)}, not {kind!r}")
     model = WideNet(layers, **options) if kind == "wide" else ResNet(Bottleneck, layers, **options)
-    excess = count_parameters(model) - budget
-    if excess > 0:
-        raise ValueError(f"the network has {budget + excess:,} parameters, {excess:,} over the budget of {budget:,}")
+    parameters = count_parameters(model)
+    if parameters > budget:
+        over = f"{parameters - budget:,} over the budget of {budget:,}"
+        raise ValueError(f"the network has {parameters:,} parameters, {over}: {SMALLER_NETWORK}")
     return model
 
 

@@ -9,6 +9,7 @@ import argparse
 import csv
 import io
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from harness import checkpoint, files, picture_file, picture_search, plots, scoring, text
 from harness.checkpoint import TrainedNetwork
-from harness.cli import file_path, machine_settings, network_parser, png_path, whole_number
+from harness.cli import expanded, file_path, machine_settings, network_parser, png_path, whole_number
 from harness.errors import RunError
 from harness.machine import Machine, start_machine
 from harness.picture_search import HARMLESS, PassedOver
@@ -110,8 +111,8 @@ def check_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace, inp
 def gather(named: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:
     """The files that are named, all pictures in the folders that are, and by path why something cannot be looked at."""
     paths, skipped = [], {}
-    for path in named:
-        if not path.is_dir():
+    for path in expanded(named):
+        if not os.path.isdir(path):  # False where it cannot be reached, for which Path's raises
             paths.append(path)
             continue
         passed = PassedOver()
@@ -208,7 +209,7 @@ def draw_sheet(path: Path, predictions: Sequence[Prediction], trained: TrainedNe
         short = text.shortened(Path(file).name, NAME_LENGTH)
         titles.append(f"{plots.beside(name, f' {share:.0%}', SHEET_COLUMNS)}\n{short}")
     first = "" if len(shown) == len(predictions) else f"the first {len(shown)} of "
-    heading = f"{trained.file.parent.name}/{trained.file.name}: {first}{len(predictions):,} pictures"
+    heading = f"{'/'.join(trained.file.absolute().parts[-2:])}: {first}{len(predictions):,} pictures"
     squares = torch.stack([prediction.square for prediction in shown]).numpy()
     plots.sample_sheet(path, squares, titles, columns=SHEET_COLUMNS, heading=heading)
 

@@ -4,41 +4,28 @@ Each field is a flag of `train.py`, an entry of `config.json`, and something tha
 """
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from augment import ViewOptions
 from data import AUGMENTATIONS, TUNE_FOLDS
-from model import NETWORKS, PARAMETER_BUDGET, ResNet, WideNet, build_model
+from model import NETWORKS, PARAMETER_BUDGET, SMALLER_NETWORK, ResNet, WideNet, build_model
 from scheduler import restart_rate, warmup_cosine_rate
+from settings import check_limits, option
 
-TTA = ("none", "mirror", "multi")  # see harness.scoring
+TTA = {  # test-time augmentation: the forms of each image whose predictions are averaged
+    "none": "the image alone",
+    "mirror": "the image and its mirror image",
+    "multi": "the image and five crops of 7/8 of its side (corners and centre), each with its mirror image",
+}
 NO_LIMIT = 10**12  # parameters: a budget that holds nothing back
 MOST_VIEWS = 10_000
 OLD_NAMES = {"view": "augmentation", "views": "views_per_image"}  # of checkpoints of format 1
 OLD_RULES = {"average_warmup": False}  # what runs followed that were begun before the setting existed
 
 
-def option(help: str, default: Any = dataclasses.MISSING, **limits: Any) -> Any:
-    """A dataclass field with its help text and limits: `low`, `above` and `high` for numbers, `choices` for words."""
-    return field(default=default, metadata={"help": help, **limits})
-
-
-def check_limits(settings: Any) -> None:
-    """Raise ValueError if a field of a dataclass lies outside the limits that its `option` states."""
-    for item in dataclasses.fields(settings):
-        value, limits = getattr(settings, item.name), item.metadata
-        if "choices" in limits and value not in limits["choices"]:
-            raise ValueError(f"{item.name} is one of {', '.join(limits['choices'])}, not {value!r}")
-        low, above, high = (limits.get(name) for name in ("low", "above", "high"))
-        if low is None and above is None:
-            continue
-        for number in value if isinstance(value, tuple) else (value,):
-            if number is None:
-                continue
-            if not (number >= low if above is None else number > above) or not number <= high:  # nan fails both
-                bound = f"from {low}" if above is None else f"above {above}"
-                raise ValueError(f"{item.name} is {bound} and up to {high}, not {number}")
+class UnknownSettings(ValueError):
+    """A recipe's stored values have names that this version does not know, so another version wrote them."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +106,9 @@ class Recipe:
         "adam",
         choices=("adam", "adamw", "sgd", "muon"),
     )
-    weight_decay: float = option("weight decay (L2 for adam and sgd, decoupled for adamw)", 1e-4, low=0.0, high=10.0)
+    weight_decay: float = option(
+        "weight decay (L2, decoupled for adamw; muon: not of convolutions)", 1e-4, low=0.0, high=10.0
+    )
     decay_norms: bool = option("apply weight decay to BatchNorm weights and biases too", True)
     schedule: str = option(
         "restarts: decaying cosine restarts, by epoch; cosine: warm-up and one cosine, by step",
@@ -144,8 +133,8 @@ class Recipe:
     label_share: float = option("with --teacher: share of the loss that is the labels'", 0.5, low=0.0, high=1.0)
     teachers: tuple[str, ...] = ()  # by content: digests of the networks that --teacher names
     tta: str = option(
-        "forms of each image whose scores are averaged (test-time augmentation): none: itself; mirror: and its mirror "
-        "image; multi: itself and five crops of 7/8 of its side, all mirrored",
+        "forms of each image whose predictions are averaged: "
+        + "; ".join(f"{name}: {what}" for name, what in TTA.items()),
         "none",
         choices=TTA,
     )
@@ -196,7 +185,7 @@ class Recipe:
     def tta_at(self, epochs_done: int) -> str:
         """Forms over which the validation images are scored after the epoch that follows `epochs_done` finished ones.
 
-        `tta` in the last epoch, whose figure counts; crops cost six times an image, so before it mirror images do.
+        `tta` in the last epoch, whose figure counts; crops cost five times an image, so before it mirror images do.
         """
         return "mirror" if self.tta == "multi" and epochs_done + 1 < self.epochs else self.tta
 
@@ -208,6 +197,10 @@ class Recipe:
     def rate_by_step(self) -> bool:
         """Whether the learning rate changes with each step; else with each epoch."""
         return self.schedule == "cosine"
+
+    def steps(self, stage: Stage, images: int) -> int:
+        """Steps of an epoch of a stage over `images` training images; what does not fill a batch is left out."""
+        return images * self.views_per_image // stage.batch
 
     def samples(self, images: int, stage_indices: list[int]) -> int:
         """Samples of one epoch of each of these stages (from 0) over `images` training images: whole batches only."""
@@ -228,20 +221,29 @@ class Recipe:
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
         """The inverse of `as_dict`; lists are taken for tuples, and names and rules of older versions are known.
 
-        Raises ValueError, TypeError or KeyError for anything else.
+        Raises UnknownSettings for other names, ValueError, TypeError or KeyError for anything else.
         """
         values = {OLD_NAMES.get(name, name): value for name, value in values.items()}
         if "mirror" in values:  # of format 1
             values["tta"] = "mirror" if values.pop("mirror") else "none"
         values = old_rules(values) | values
-        stages = tuple(Stage(**_tuples(stage)) for stage in values.pop("stages"))
-        augmentation = ViewOptions(**_tuples(values.pop("augmentation")))
-        return cls(**_tuples(values), stages=stages, augmentation=augmentation)
+        stages = tuple(Stage(**_known(Stage, stage)) for stage in values["stages"])
+        augmentation = ViewOptions(**_known(ViewOptions, values["augmentation"]))
+        return cls(**_known(cls, values) | {"stages": stages, "augmentation": augmentation})
 
 
 def old_rules(values: dict[str, Any]) -> dict[str, Any]:
     """The settings that a recipe's plain values lack, because they are newer, as it followed them nevertheless."""
     return {name: rule for name, rule in OLD_RULES.items() if name not in values and values.get("average")}
+
+
+def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Values for the fields of a dataclass, lists as tuples. Raises UnknownSettings for names that it lacks."""
+    unknown = sorted(values.keys() - kind.__dataclass_fields__.keys())
+    if unknown:
+        names = ", ".join(map(str, unknown))
+        raise UnknownSettings(f"settings that this version does not know ({names}); use the version that wrote them")
+    return _tuples(values)
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
@@ -271,26 +273,22 @@ def replace(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
 
 
 def build_network(recipe: Recipe, classes: int) -> ResNet | WideNet:
-    """The network that a recipe describes. Raises ValueError if it is over the recipe's parameter budget."""
-    way_out = "give smaller --layers or --planes, or a larger --budget"
+    """The network that a recipe describes. Raises ValueError where it is over the budget or cannot be built."""
     least = sum(9 * blocks * width**2 for blocks, width in zip(recipe.layers, recipe.planes, strict=True))
     if least > recipe.budget:  # in the 3×3 convolutions alone; checked before any memory is asked for
         raise ValueError(
-            f"the network has over {least:,} parameters, more than the budget of {recipe.budget:,}: {way_out}"
+            f"the network has over {least:,} parameters, more than the budget of {recipe.budget:,}: {SMALLER_NETWORK}"
         )
     only_wide = {"cosine_stem": recipe.cosine_stem, "last_pool": recipe.last_pool} if recipe.network == "wide" else {}
-    try:
-        return build_model(
-            recipe.layers,
-            kind=recipe.network,
-            budget=recipe.budget,
-            planes=recipe.planes,
-            num_classes=classes,
-            zero_init_residual=recipe.zero_init_residual,
-            **only_wide,
-        )
-    except ValueError as error:
-        raise ValueError(f"{error}: {way_out}") from error
+    return build_model(
+        recipe.layers,
+        kind=recipe.network,
+        budget=recipe.budget,
+        planes=recipe.planes,
+        num_classes=classes,
+        zero_init_residual=recipe.zero_init_residual,
+        **only_wide,
+    )
 
 
 # The student project's. `train.py`: 35.2 million samples, hours on a GPU; not yet run to its end.

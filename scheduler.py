@@ -39,7 +39,8 @@ def warmup_cosine_rate(progress: float, peak: float, warmup: float) -> float:
     """Learning rate at `progress` (0 … 1, the share of steps done): linear from 0 to `peak`, then half a cosine to 0.
 
     `warmup` is the share of steps spent rising, in [0, 1). If there is any, the first step has rate 0: it moves
-    BatchNorm's statistics and the optimiser's momentum, but no weight. Raises ValueError for an argument out of range.
+    BatchNorm's statistics and the optimiser's momentum, but no weight, save that Muon gives its filters their length.
+    Raises ValueError for an argument out of range.
     """
     if not 0 <= warmup < 1:
         raise ValueError(f"warmup is a share from 0 up to below 1, not {warmup!r}")

@@ -98,9 +98,6 @@ def fit(
 
 def begin_or_continue(trainer: "Trainer", run: RunFolder, images: int, runtime: Runtime) -> None:
     """Put the trainer into the state that the run folder holds, if any; else start from --init, or from scratch."""
-    if runtime.overwrite and run.recipe.init:  # which may lie in the very folder that is emptied
-        take_weights(trainer, run.recipe.init)
-        distributed.max_over_ranks(0)
     with distributed.leader_first():
         state = run.resume(runtime.overwrite, runtime.tensorboard)
     trainer.recipe = recipe = run.recipe  # of a run that an older version began, with that version's rules
@@ -116,8 +113,9 @@ def begin_or_continue(trainer: "Trainer", run: RunFolder, images: int, runtime: 
             if epoch:  # within a stage; between two stages the weights alone go on
                 trainer.begin_stage(recipe.stages[stage_index], images)
                 trainer.restore(state)
-    elif recipe.init and not runtime.overwrite:
-        take_weights(trainer, recipe.init)
+    elif recipe.init:
+        with checkpoint.mismatch_reported(recipe.init):
+            trainer.net.load_state_dict(checkpoint.load_network(recipe.init).model.state_dict())
     for number, stage in enumerate(recipe.stages, 1):
         if stage.unused_crop_sizes:
             sizes = ", ".join(map(str, stage.unused_crop_sizes))
@@ -127,12 +125,6 @@ def begin_or_continue(trainer: "Trainer", run: RunFolder, images: int, runtime: 
     print(trainer.machine, flush=True)
 
 
-def take_weights(trainer: "Trainer", source: str) -> None:
-    """Start from the weights of a checkpoint or run folder. Raises RunError if they cannot be read, or do not fit."""
-    with checkpoint.mismatch_reported(source):
-        trainer.net.load_state_dict(checkpoint.load_network(source).model.state_dict())
-
-
 def train_stages(
     trainer: "Trainer", run: RunFolder, dataset: DataSet, train: Tensor, val: Tensor, interrupt: Interrupt
 ) -> None:
@@ -140,7 +132,7 @@ def train_stages(
     recipe, machine = trainer.recipe, trainer.machine
     images = machine.hold(dataset.images)
     labels, val = dataset.labels.to(images.device), val.to(images.device)
-    progress = Progress(machine, recipe, trainer.net, len(train), len(dataset.classes))
+    progress = Progress(machine, recipe, trainer.net, run.images, len(dataset.classes))
     while run.epochs_done < recipe.epochs:
         began = time.monotonic()
         stage_index, epoch = recipe.stage_and_epoch(run.epochs_done)
@@ -231,7 +223,7 @@ class Trainer:
         fp16 = self.machine.precision is torch.float16
         self.scaler = torch.amp.GradScaler(self.machine.device.type, enabled=fp16)
         if recipe.rate_by_step:
-            steps = images * recipe.views_per_image // stage.batch
+            steps = recipe.steps(stage, images)
             self.schedule = LambdaLR(self.optimizer, lambda step: recipe.learning_rate(stage, step / steps) / stage.lr)
         else:
             cycles = (recipe.cycle, recipe.cycle_growth, recipe.cycle_decay)
@@ -249,7 +241,7 @@ class Trainer:
     def train_epoch(
         self, images: Tensor, labels: Tensor, draws: EpochDraws, stage: Stage, size: int, tick: Callable[[], None]
     ) -> EpochResult:
-        """One pass over the drawn samples: uint8 images (N, 3, H, W) and int64 labels (N,) on the device.
+        """One pass over the drawn samples: uint8 images (N, 3, H, W) and int64 labels (N,), where `hold` put them.
 
         `batch_of` makes the views: rotation, crop, flips, colours; then it normalises, erases and mixes (unmixed draws
         have a share of 1). Nothing waits for the device before the end; `tick` runs after each step and may raise.
@@ -302,7 +294,7 @@ class Trainer:
             return loss.detach(), (logits.detach().argmax(1) == shown).sum()
 
         self.optimizer.zero_grad()
-        loss, right = self.form.attempt(forward_and_backward, x.shape[-1])
+        loss, right = self.form.attempt(forward_and_backward, x.shape)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss, right

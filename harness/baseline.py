@@ -108,7 +108,10 @@ class Baseline:
 
 
 def pil_views(options: augment.ViewOptions, size: int) -> list[Callable]:
-    """The recipe's views in torchvision's own transforms of PIL images, in the original project's order."""
+    """The recipe's views in torchvision's own transforms of PIL images, in the original project's order.
+
+    Without erasing, mixing and the operation more of `trivial_augment`: the usual script does less than this project.
+    """
     return [
         transforms.RandomRotation(options.rotation),
         transforms.RandomResizedCrop(size, options.crop_scale, options.crop_ratio),

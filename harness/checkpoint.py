@@ -5,11 +5,13 @@ before, should `last.pt` be damaged), and weights alone: `best.pt`, of the best 
 of each stage's end but the last.
 
 All hold `format`, `kind` (run or weights), `recipe`, `classes`, `images`, `eval_size`, `epoch` and the network's
-weights as `model`; weights alone also the `val_accuracy` that selected them. A run also holds `precision`, its `rows`,
-and the trainer's state: `average`, `averaged` (updates of it), `optimizer`, `schedule`, `scaler`.
+weights as `model`; weights alone also the `val_accuracy` that selected them. A run also holds `precision`,
+`processes`, `notes`, its `rows`, and the trainer's state: `average`, `averaged` (updates of it), `optimizer`,
+`schedule`, `scaler`.
 """
 
 import contextlib
+import hashlib
 import io
 import math
 import os
@@ -26,7 +28,7 @@ from torch import Tensor
 from harness.errors import RunError, is_out_of_memory, reason
 from harness.files import atomic_write
 from model import ResNet, WideNet
-from recipes import Recipe, build_network
+from recipes import Recipe, UnknownSettings, build_network
 
 FORMAT = 2  # format 1, which is read too, had other names for two settings (see recipes.OLD_NAMES)
 WEIGHTS = ("best.pt", "stage[0-9].pt")
@@ -69,8 +71,14 @@ def load(path: Path, kind: str | None = None) -> dict[str, Any]:
     Raises Damaged if it is not whole, RunError if it is missing, foreign, from a newer version, or holds more
     than plain values: nothing in the file is ever run. An error about memory passes as it is.
     """
+    return _load(path, kind)[0]
+
+
+def _load(path: Path, kind: str | None = None) -> tuple[dict[str, Any], str]:
+    """What `load` returns, and the SHA-256 of the file that it was read from."""
     try:
-        payload = _read(path)
+        content = path.read_bytes()
+        payload = _read(content)
     except OSError as error:
         raise RunError(f"cannot read {path}: {reason(error)}") from error
     except pickle.UnpicklingError as error:
@@ -85,17 +93,17 @@ def load(path: Path, kind: str | None = None) -> dict[str, Any]:
         raise RunError(f"{path} has format {payload['format']}, this version reads up to {FORMAT}; use a newer version")
     if kind is not None and payload.get("kind") != kind:
         raise RunError(f"{path} holds {payload.get('kind')!r}, not {kind!r}")
-    return payload
+    return payload, hashlib.sha256(content).hexdigest()
 
 
-def _read(path: Path) -> Any:
+def _read(content: bytes) -> Any:
     """Torch is given a copy of what has the right checksum: it looks at none, and trusts the archive's directory."""
     checked = io.BytesIO()
-    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(checked, "w") as copy:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(checked, "w") as copy:
         for member in archive.infolist():
             if member.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"{member.filename} is compressed")
-            if member.file_size > path.stat().st_size:  # memory is asked for by what it says
+            if member.file_size > len(content):  # memory is asked for by what it says
                 raise ValueError(f"{member.filename} is longer than the file")
             copy.writestr(member.filename, archive.read(member))
     checked.seek(0)
@@ -149,6 +157,8 @@ def mismatch_reported(source: Path | str) -> Iterator[None]:
     """Raise RunError if the block fails because the values of the checkpoint `source` do not fit what takes them."""
     try:
         yield
+    except UnknownSettings as error:
+        raise RunError(f"{source} has {error}") from error
     except MISMATCH_ERRORS as error:
         if is_out_of_memory(error):
             raise
@@ -167,6 +177,7 @@ class TrainedNetwork:
     eval_size: int
     epoch: int
     val_accuracy: float | None  # by which this epoch was selected as the run's best; None if it was not
+    sha256: str  # of the file as it was read: a run that goes on replaces it
 
     @property
     def selected(self) -> bool:
@@ -187,8 +198,13 @@ class TrainedNetwork:
 
 
 def weights_file(path: Path, best: bool = False) -> Path:
-    """The checkpoint that `path` names: itself, or of a run folder its last one (with `best` its best one)."""
+    """The checkpoint that `path` names: itself, or of a run folder its last one (with `best` its best one).
+
+    Raises RunError where `best` is asked of a file.
+    """
     if not path.is_dir():
+        if best:
+            raise RunError(f"--best takes the best epoch of a run folder, and {path} is none")
         return path
     names = ("best.pt",) if best else ("last.pt", "previous.pt", "best.pt")
     return path / next((name for name in names if (path / name).exists()), names[0])
@@ -200,7 +216,7 @@ def load_network(path: Path | str, best: bool = False) -> TrainedNetwork:
     Where the run kept an average of the weights, that is what comes. Raises RunError.
     """
     path = weights_file(Path(path), best)
-    payload = load(path)
+    payload, digest = _load(path)
     with mismatch_reported(path):
         recipe = Recipe.from_dict(payload["recipe"])
         classes = tuple(payload["classes"])
@@ -208,4 +224,4 @@ def load_network(path: Path | str, best: bool = False) -> TrainedNetwork:
         model.load_state_dict(payload.get("average") or payload["model"])
         model.to(memory_format=torch.channels_last).eval()
         size, epoch, accuracy = int(payload["eval_size"]), int(payload["epoch"]), payload.get("val_accuracy")
-        return TrainedNetwork(path, model, recipe, classes, payload["images"], size, epoch, accuracy)
+        return TrainedNetwork(path, model, recipe, classes, payload["images"], size, epoch, accuracy, digest)

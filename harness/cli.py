@@ -1,10 +1,11 @@
 """Command lines: where and how a run is made (`Runtime`), and flags made from the fields of dataclasses."""
 
 import argparse
+import glob
 import re
 import types
 import typing
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import recipes
 from augment import ViewOptions
 from harness import distributed
-from recipes import RECIPES, Recipe, Stage, check_limits, option
+from recipes import RECIPES, Recipe, Stage
+from settings import check_limits, option
 
 
 @dataclass(frozen=True)
@@ -158,13 +160,38 @@ def parse_train(argv: list[str] | None = None) -> tuple[Recipe, Runtime]:
     for stage in recipe.stages:
         if stage.epochs and stage.batch % world:
             parser.error(f"--batch {stage.batch} cannot be shared equally by {world} processes")
-    for name in ("teacher_temperature", "label_share"):
-        if name in args and not runtime.teacher:
-            parser.error(f"--{name.replace('_', '-')} is of no use without --teacher")
-    if "image_size" in args and not runtime.images:
-        parser.error("--image-size is the size of the pictures of --images; STL-10's are 96 px")
-    refuse_among_pictures(parser, default_run_folder(recipe, runtime), runtime.images)
+    for name, why in idle_flags(recipe, runtime).items():
+        if name in args:
+            parser.error(f"--{name.replace('_', '-')} is of no use {why}")
+    out = default_run_folder(recipe, runtime)
+    refuse_among_pictures(parser, out, runtime.images)
+    for path in (*runtime.teacher, *([Path(recipe.init)] if recipe.init else [])):
+        if runtime.overwrite and path.resolve().is_relative_to(out.resolve()):
+            parser.error(f"--overwrite would remove {path}, which the run learns from; give another --out")
     return recipe, runtime
+
+
+def idle_flags(recipe: Recipe, runtime: Runtime) -> dict[str, str]:
+    """The flags that would change nothing in a run with these settings, and why."""
+    idle, views = {}, recipe.augmentation
+    if not runtime.teacher:
+        idle |= dict.fromkeys(("teacher_temperature", "label_share"), "without --teacher")
+    if not runtime.images:
+        idle["image_size"] = "without --images: STL-10's are 96 px"
+    if not views.mixes:
+        idle["mix_probability"] = "without --mixup or --cutmix"
+    if not views.erase:
+        idle["erase_size"] = "without --erase"
+    if recipe.schedule == "restarts":
+        idle["warmup"] = "with --schedule restarts"
+    else:
+        idle |= dict.fromkeys(("cycle", "cycle_growth", "cycle_decay"), f"with --schedule {recipe.schedule}")
+    if not recipe.average:
+        idle["average_warmup"] = "without --average"
+    if recipe.fold is not None or recipe.train_on == "all":
+        why = "with --train-on all" if recipe.fold is None else "with --fold"
+        idle |= dict.fromkeys(("split_seed", "val_fraction"), why)
+    return idle
 
 
 def refuse_among_pictures(parser: argparse.ArgumentParser, out: Path, images: Path | None) -> None:
@@ -199,6 +226,16 @@ def machine_settings(parser: argparse.ArgumentParser, args: argparse.Namespace) 
         return Runtime(**{name: getattr(args, name) for name in names})
     except ValueError as error:
         parser.error(f"--{error}")
+
+
+def expanded(paths: Iterable[Path]) -> list[Path]:
+    """The paths, and for a pattern that the shell has left as it is, as on Windows, the paths that it stands for."""
+    return [match for path in paths for match in _matches(path)]
+
+
+def _matches(path: Path) -> list[Path]:
+    matches = sorted(glob.glob(str(path))) if glob.has_magic(str(path)) and not path.exists() else []
+    return [Path(match) for match in matches] or [path]
 
 
 def file_path(text: str) -> Path:

@@ -22,21 +22,21 @@ class CompiledForm(nn.Module):
         super().__init__()
         self.net, self.machine = net, machine
         self._compiled: Callable[[Tensor], Tensor] | None = None
-        self._compiled_sizes: set[int] = set()  # sizes in px
+        self._compiled_for: set[tuple[int, ...]] = set()  # shapes of batches
         if machine.compile:
-            torch._dynamo.config.recompile_limit = 64  # one graph per crop size
+            torch._dynamo.config.recompile_limit = 64  # one graph for each shape of a batch
             self._compiled = torch.compile(net, dynamic=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, K) of normalised images (N, 3, H, W)."""
         return self.net(x) if self._compiled is None else self._compiled(x)
 
-    def attempt(self, step: Callable[[], Result], size: int) -> Result:
-        """Run `step`, a forward and a backward pass; if compiling for `size` px fails, run it again without.
+    def attempt(self, step: Callable[[], Result], shape: tuple[int, ...]) -> Result:
+        """Run `step`, a forward and a backward pass; if compiling for batches of `shape` fails, run it again without.
 
         Until then a step has changed nothing but running statistics and gradients: the former are put back.
         """
-        if self._compiled is None or size in self._compiled_sizes:
+        if self._compiled is None or shape in self._compiled_for:
             return step()
         kept = [buffer.clone() for buffer in self.net.buffers()]
         try:
@@ -50,5 +50,5 @@ class CompiledForm(nn.Module):
             self.net.zero_grad()
             self.machine.note(f"compiling the step failed, so it goes on uncompiled, slower: {reason(error)}")
             return step()
-        self._compiled_sizes.add(size)
+        self._compiled_for.add(shape)
         return result

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness.machine import Machine
-from harness.scoring import FORMS
+from harness.scoring import PIXELS
 from recipes import Recipe
 
 # What a training step costs, for a prediction before anything has been measured (see benchmark.py). On a CPU it is two
@@ -39,11 +39,11 @@ def seconds_at_rates(
 def next_epoch_seconds(recipe: Recipe, epochs_done: int, learning: float, scoring: float) -> float:
     """Seconds to expect of the epoch after `epochs_done` finished ones, by what the last `learning` and `scoring` took.
 
-    Both grow with the pixels, scoring with the forms of each image too.
+    Both grow with the pixels, those of scoring with the forms of each image.
     """
     before, after = epochs_done - 1, epochs_done
     eval_sizes = [recipe.stages[recipe.stage_and_epoch(done)[0]].eval_size for done in (before, after)]
-    forms = FORMS[recipe.tta_at(after)] / FORMS[recipe.tta_at(before)]
+    forms = PIXELS[recipe.tta_at(after)] / PIXELS[recipe.tta_at(before)]
     learning *= (recipe.crop_size_at(after) / recipe.crop_size_at(before)) ** 2
     return learning + scoring * (eval_sizes[1] / eval_sizes[0]) ** 2 * forms
 

@@ -38,7 +38,7 @@ class Graphs:
         self._pool: Any = None
 
     def keep_only(self, size: int) -> None:
-        """Drop the graphs of another size of views, which no later epoch has again."""
+        """Drop the graphs of another size of views."""
         if size != self._size:
             self.forget()
         self._size = size

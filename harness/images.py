@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,8 +115,8 @@ def load_test_images(trained: TrainedNetwork, source: Source) -> DataSet:
 def recorded_source(path: Path, data_dir: Path | None = None, images: Path | None = None) -> Source:
     """Where the images of a checkpoint or run folder are: as the user says, else as its `config.json` says.
 
-    Without such a file, or where the data folder that it names is gone, it is where `train.py` looks by default. A
-    `data_dir` from the user means no picture folder.
+    Without such a file, or where the data folder that it names is gone, it is where `train.py` looks by default; a
+    picture folder that is gone is as good as none. A `data_dir` from the user means no picture folder.
     """
     config = (path if path.is_dir() else path.parent) / "config.json"
     try:
@@ -123,6 +124,8 @@ def recorded_source(path: Path, data_dir: Path | None = None, images: Path | Non
         recorded = Source(Path(runtime["data_dir"]), Path(runtime["images"]) if runtime.get("images") else None)
         if not recorded.data_dir.is_dir():  # the run was brought here from another machine: its paths are not ours
             recorded = recorded._replace(data_dir=Runtime.data_dir)
+        if recorded.images and not os.path.isdir(recorded.images):
+            recorded = recorded._replace(images=None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         recorded = Source(Runtime.data_dir, None)
     return Source(data_dir or recorded.data_dir, images or (None if data_dir else recorded.images))

@@ -205,8 +205,13 @@ def _precision(device: torch.device, wanted: str) -> torch.dtype:
         return next(precision for precision, name in PRECISIONS.items() if name == wanted)
     if native:
         return torch.bfloat16
-    tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= TENSOR_CORES
-    return torch.float16 if tensor_cores else torch.float32
+    return torch.float16 if device.type == "cuda" and _has_tensor_cores(device) else torch.float32
+
+
+def _has_tensor_cores(device: torch.device) -> bool:
+    """GTX 16xx cards say capability 7.5 and have none; convolutions in fp16 give NaN on them (PyTorch issue 58123)."""
+    new_enough = torch.cuda.get_device_capability(device) >= TENSOR_CORES
+    return new_enough and "GTX 16" not in torch.cuda.get_device_name(device)
 
 
 def _has_native_bf16(device: torch.device) -> bool:

@@ -12,6 +12,7 @@ from harness.checkpoint import WEIGHTS
 from harness.errors import RunError
 from harness.report import PICTURES, REPORT
 from harness.tensorboard_log import EVENT_FILES
+from harness.text import listed
 
 BEFORE_FIRST_EPOCH = ("config.json", "views-stage[0-9].png")  # what a run writes before it has a state to continue
 RUN_FILES = (
@@ -102,9 +103,3 @@ def remove_evaluation(folder: Path, pictures: Iterable[str]) -> None:
 
 def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
     return [path for pattern in patterns for path in folder.glob(pattern)]
-
-
-def listed(names: Sequence[str]) -> str:
-    """Names as a part of a sentence: at most four of them."""
-    shown = [*names] if len(names) <= 4 else [*names[:3], f"{len(names) - 3} more"]
-    return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)

@@ -23,7 +23,7 @@ from harness import picture_file
 from harness.errors import RunError, reason
 from harness.files import atomic_write
 from harness.picture_search import CACHE_PREFIX
-from harness.text import printable
+from harness.text import listed, printable
 
 VERSION = 2  # of what `picture_file.open_square` gives: squares kept by another version are not used
 
@@ -39,7 +39,7 @@ class _Kept(NamedTuple):
 def squares(folder: Path, paths: Sequence[Path], size: int) -> Tensor:
     """The pictures `paths` below `folder` as uint8 (N, 3, size, size).
 
-    Raises RunError that names the first that cannot be opened.
+    Raises RunError that names the first of those that cannot be opened; the others are kept for the next time.
     """
     file = folder / f"{CACHE_PREFIX}{size}px.npz"
     names = [path.relative_to(folder).as_posix() for path in paths]
@@ -58,14 +58,24 @@ def squares(folder: Path, paths: Sequence[Path], size: int) -> Tensor:
         row = row_of.get(digests[index])
         images[index] = picture_file.open_square(paths[index], size) if row is None else kept.images[row]
 
-    _for_each(open_one, len(paths))
-    index = json.dumps({"version": VERSION, "size": size, "files": list(zip(names, status, digests, strict=True))})
+    broken = _for_each(open_one, len(paths))
+    whole = [index for index in range(len(paths)) if index not in broken]
+    files = [(names[index], status[index], digests[index]) for index in whole]
+    _keep(file, size, files, images[whole] if broken else images)
+    if broken:
+        them = "it" if len(broken) == 1 else "them"
+        raise RunError(f"{listed(list(map(str, broken.values())))}; repair {them} or take {them} out of the folder")
+    return torch.from_numpy(images)
+
+
+def _keep(file: Path, size: int, files: list[tuple[str, list[int], str]], images: np.ndarray) -> None:
+    """Write the squares and what is known of their `files`: relative path, status and digest."""
+    index = json.dumps({"version": VERSION, "size": size, "files": files})
     try:
         with atomic_write(file) as temporary, open(temporary, "wb") as written:
             np.savez(written, index=np.array(index), images=images)
     except RunError as error:
         print(f"the pictures have to be opened again each time, as their squares cannot be kept: {error}")
-    return torch.from_numpy(images)
 
 
 def _read(file: Path, size: int) -> _Kept | None:
@@ -95,21 +105,19 @@ def _digest(path: Path) -> str:
         raise RunError(f"cannot read {printable(path)}: {reason(error)}") from error
 
 
-def _for_each(work: Callable[[int], None], count: int) -> None:
-    """Call `work` for each index on as many threads as PyTorch uses. Raises RunError with the first of its errors."""
-    broken: list[RunError] = []
+def _for_each(work: Callable[[int], None], count: int) -> dict[int, RunError]:
+    """Call `work` for each index on as many threads as PyTorch uses. Returns its RunErrors by index, in order."""
+    broken: dict[int, RunError] = {}
 
     def attempt(index: int) -> None:
         try:
             work(index)
         except RunError as error:
-            broken.append(error)
+            broken[index] = error
 
     with warnings.catch_warnings(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
         # open_square sets these two as well, but threads undo each other's filters
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         warnings.simplefilter("ignore", UserWarning)
         list(tqdm(pool.map(attempt, range(count)), "opening pictures", count, leave=False, disable=None))
-    if broken:
-        more = f", and so with {len(broken) - 1} more" if len(broken) > 1 else ""
-        raise RunError(f"{min(map(str, broken))}{more}; repair it or take it out of the folder")
+    return dict(sorted(broken.items()))

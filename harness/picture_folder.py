@@ -17,7 +17,7 @@ from harness import picture_cache, picture_search, picture_split
 from harness.errors import RunError, reason
 from harness.picture_search import PassedOver
 from harness.picture_split import visible_name
-from harness.text import printable
+from harness.text import listed, printable
 
 ALMOST_BLACK = 16  # of 255: no picture that a person can make out stays below
 SHOWN_CLASSES = 12
@@ -125,14 +125,16 @@ def _read(listings: list[Listing], size: int, announce: bool) -> tuple[DataSet, 
             f"class {one_sided[0]} is in only one of {printable(first.folder)} and {printable(last.folder)}: "
             f"in {where.folder.name}" + (f"; so are {len(one_sided) - 1} more" if len(one_sided) > 1 else "")
         )
-    images = torch.cat([picture_cache.squares(listing.folder, listing.paths, size) for listing in listings])
+    squares = [picture_cache.squares(listing.folder, listing.paths, size) for listing in listings]
+    images = torch.cat(squares) if len(squares) > 1 else squares[0]  # a copy of a large folder is worth avoiding
     labels = torch.cat([listing.labels for listing in listings])
     paths = [path for listing in listings for path in listing.paths]
     part = torch.arange(len(listings)).repeat_interleave(torch.tensor([len(listing.paths) for listing in listings]))
     kept = _distinct(images, labels, part, paths, announce)
     if announce:
         _name_the_dark(images, paths)
-    images, labels, part = images[kept], labels[kept], part[kept]
+    if len(kept) < len(images):
+        images, labels, part = images[kept], labels[kept], part[kept]
     digest = hashlib.sha256(images.numpy().data)
     digest.update(labels.numpy().data)
     split = tuple((part == number).nonzero()[:, 0] for number in (0, 1)) if len(listings) == 2 else None
@@ -146,15 +148,16 @@ def _digests(images: Tensor) -> list[bytes]:
 def _distinct(images: Tensor, labels: Tensor, part: Tensor, paths: list[Path], announce: bool) -> Tensor:
     """Indices of the pictures without repetitions within a class and part; any other repetition raises RunError."""
     first: dict[bytes, int] = {}
-    repeated = []
+    repeated, contradictions = [], []
     for index, digest in enumerate(_digests(images)):
         other = first.setdefault(digest, index)
         if labels[other] != labels[index] or part[other] != part[index]:
             where = "train and val" if part[other] != part[index] else "two classes"
-            both = f"{printable(paths[other])} and {printable(paths[index])}"
-            raise RunError(f"{both} are one picture in {where}; take it out of one of them")
-        if other != index:
+            contradictions.append(f"{printable(paths[other])} and {printable(paths[index])} are one picture in {where}")
+        elif other != index:
             repeated.append(index)
+    if contradictions:
+        raise RunError(f"{listed(contradictions)}; take each out of one of them")
     if repeated and announce:
         where = printable(paths[repeated[0]])
         print(f"{len(repeated)} picture(s) passed over that are there twice in a class ({where} …)")

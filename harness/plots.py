@@ -215,7 +215,7 @@ def per_class(path: Path, matrix: np.ndarray, class_names: Sequence[str], *, tit
 def reliability(
     path: Path, count: np.ndarray, confidence: np.ndarray, share: np.ndarray, *, title: str, error: float
 ) -> Figure:
-    """Accuracy over confidence, from equal bins of it (`scoring.reliability`), with the share of images in each.
+    """Accuracy over confidence, from equal bins of it (`metrics.reliability`), with the share of images in each.
 
     `error`: the expected calibration error, 0 … 1, told in the title.
     """

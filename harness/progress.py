@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from harness import cost
 from harness.machine import Machine
+from harness.picture_defaults import fit_views
 from harness.text import duration
 from recipes import CPU, Recipe, build_network
 
@@ -21,17 +22,20 @@ SOON, LONG = 60.0, 4 * 3600.0  # seconds
 
 
 class Progress:
-    """Watches the epochs of a run on `images` training images, without waiting for the device.
+    """Watches the epochs of a run on `images` (see `images.identity`), without waiting for the device.
 
     `samples_per_second` and `cold_seconds` are of the epoch last watched: its rate, and what its first steps took
     beyond that, by compilation above all.
     """
 
-    def __init__(self, machine: Machine, recipe: Recipe, net: nn.Module, images: int, classes: int) -> None:
-        self.machine, self.recipe, self.net, self.images, self.classes = machine, recipe, net, images, classes
+    def __init__(
+        self, machine: Machine, recipe: Recipe, net: nn.Module, images: Mapping[str, Any], classes: int
+    ) -> None:
+        self.machine, self.recipe, self.net, self.images, self.classes = machine, recipe, net, images["train"], classes
+        self._on_a_cpu = fit_views(CPU, self.images) if "digest" in images else CPU
         self.samples_per_second, self.cold_seconds = 0.0, 0.0
         self._forecast_of: int | None = None  # the stage whose end has been announced
-        self._compiled: set[int] = set()
+        self._compiled: set[tuple[int, int]] = set()  # sizes in px and batches
 
     @contextlib.contextmanager
     def epoch(self, epochs_done: int, rows: Sequence[Mapping[str, Any]]) -> Iterator[Callable[[], None]]:
@@ -41,9 +45,9 @@ class Progress:
         """
         stage_index, epoch = self.recipe.stage_and_epoch(epochs_done)
         stage = self.recipe.stages[stage_index]
-        size, steps = stage.crop_size_at(epoch), self.images * self.recipe.views_per_image // stage.batch
-        compiles = self.machine.compile and size not in self._compiled
-        self._compiled.add(size)
+        size, steps = stage.crop_size_at(epoch), self.recipe.steps(stage, self.images)
+        compiles = self.machine.compile and (size, stage.batch) not in self._compiled
+        self._compiled.add((size, stage.batch))
         if compiles and self.machine.leads:
             print(f"compiling the step for {size} px …", flush=True)
         began, cold, clock = time.perf_counter(), 0.0, WarmClock(self.machine.device)
@@ -88,9 +92,9 @@ class Progress:
         words = f"{rate:,.0f} samples/s: stage {stage_index + 1} ends {_clock_time(stage)}"
         words += f", the run {_clock_time(run)} (in {duration(run)})" if run > stage else f" (in {duration(stage)})"
         if machine.device.type == "cpu" and run > LONG and recipe.name != CPU.name:
-            shorter = build_network(CPU, self.classes)
-            modelled = cost.modelled_rates(machine, CPU, shorter)
-            seconds = cost.seconds_at_rates(CPU, self.images, {n: speed * r for n, r in modelled.items()})
+            shorter = self._on_a_cpu
+            modelled = cost.modelled_rates(machine, shorter, build_network(shorter, self.classes))
+            seconds = cost.seconds_at_rates(shorter, self.images, {n: speed * r for n, r in modelled.items()})
             words += f"\nthat is long for a CPU; --recipe cpu would take about {duration(seconds)}, --demo one minute"
         return words
 

@@ -47,10 +47,10 @@ def entry(members: Sequence[TrainedNetwork], about: list[Entry], split: str, res
 
 
 def about(member: TrainedNetwork) -> Entry:
-    """Which network it is. Call this at once: a run that goes on replaces the file."""
+    """Which network it is."""
     return {
         "checkpoint": str(member.file),
-        "sha256": hashlib.sha256(member.file.read_bytes()).hexdigest(),
+        "sha256": member.sha256,
         "recipe": member.recipe.name,
         "seed": member.recipe.seed,
         "split_seed": member.recipe.split_seed,
@@ -81,10 +81,10 @@ def _notes(members: Sequence[TrainedNetwork], split: str, results: list[Entry]) 
             "without --best the last epoch's is scored, which was not"
         )
     else:
-        notes.append("these images did not select the network: it is the last epoch's")
+        notes.append("these images did not select the network")
     for member in members:
         if not member.selected and member.epoch < member.recipe.epochs:
-            notes.append(f"{member.file} is of epoch {member.epoch} of {member.recipe.epochs}: the run is not finished")
+            notes.append(f"{member.file} is of epoch {member.epoch} of {member.recipe.epochs}, not of the last")
     if split == "val" and len(results) > 1:
         notes.append("the best of several sizes is selected on these images as well")
     if any(member.recipe.init for member in members):
@@ -119,11 +119,13 @@ def text(*sides: Sequence[Entry]) -> str:
         listed = ", ".join(f"{name} {share:.1%}" for share, name in classes[:CLASSES_LISTED])
         more = f" … ({len(classes)} in {REPORT})" if len(classes) > CLASSES_LISTED else ""
         lines.append(f"by class at {result['size']} px, worst first: {listed}{more}")
-    for row in (row for side in sides if len(side) > 1 for row in over_networks(side)):
-        lines.append(
-            f"accuracy {row['mean']:.1%} ± {row['standard_deviation']:.1%} at {row['size']} px "
-            f"(mean and standard deviation of {row['networks']} networks)"
-        )
+    for number, side in enumerate(sides):
+        which = "" if len(sides) == 1 else (" before --against", " behind it")[number]
+        for row in over_networks(side) if len(side) > 1 else []:
+            lines.append(
+                f"accuracy {row['mean']:.1%} ± {row['standard_deviation']:.1%} at {row['size']} px "
+                f"(mean and standard deviation of {row['networks']} networks{which})"
+            )
     notes = dict.fromkeys(note for entry in entries for note in entry["notes"])
     return "\n".join(lines + [f"note: {note}" for note in notes])
 

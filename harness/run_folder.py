@@ -27,7 +27,7 @@ from harness.metrics import wilson
 from harness.tensorboard_log import TensorBoardLog
 from harness.text import duration
 from model import count_parameters
-from recipes import Recipe, old_rules
+from recipes import Recipe, UnknownSettings, old_rules
 from scheduler import restart_epochs
 
 COLUMNS = (
@@ -55,6 +55,7 @@ class RunFolder:
         self, folder: Path, recipe: Recipe, classes: tuple[str, ...], images: dict[str, Any], machine: Machine
     ) -> None:
         self.folder, self.recipe, self.classes, self.images, self.machine = folder, recipe, classes, images, machine
+        self.name = folder.absolute().name  # also of "."
         self.rows: list[dict[str, Any]] = []
         self._tensorboard: TensorBoardLog | None = None
         self._drawn = time.monotonic()
@@ -95,6 +96,8 @@ class RunFolder:
                 self._keep_old_rules(state)
                 self._require_same_settings(state)
                 self.rows = list(state["rows"])
+            except UnknownSettings as error:
+                raise RunError(f"{self.folder / 'last.pt'} has {error}") from error
             except checkpoint.MISMATCH_ERRORS as error:
                 raise RunError(f"{self.folder / 'last.pt'} is no state of a run; --overwrite starts anew") from error
         elif self.machine.leads:
@@ -106,10 +109,17 @@ class RunFolder:
             self.machine.notes[:0] = [note for note in state.get("notes", []) if note not in self.machine.notes]
             state["recipe"] = self.recipe.as_dict()  # the same settings, under their present names
             self._write_derived(state)
-            was, now = state.get("precision"), self.machine.as_dict()["precision"]
-            if was not in (None, now) and self.epochs_done < self.recipe.epochs:
-                self.machine.note(f"the run has been trained in {was} so far, and goes on in {now}")
+            if self.epochs_done < self.recipe.epochs:
+                self._note_another_machine(state)
         return state
+
+    def _note_another_machine(self, state: dict[str, Any]) -> None:
+        """Note where a run goes on in another way than it was trained so far, which older states do not say."""
+        now = self.machine.as_dict()
+        for name, words in (("precision", "in {}"), ("processes", "by {} process(es)")):
+            if state.get(name) not in (None, now[name]):
+                was, other = words.format(state[name]), words.format(now[name])
+                self.machine.note(f"the run has been trained {was} so far, and goes on {other}")
 
     def _keep_old_rules(self, state: dict[str, Any]) -> None:
         """Change the recipe where the state is older than a setting and has followed another rule than its default."""
@@ -191,7 +201,7 @@ class RunFolder:
             "images": self.images,
             "eval_size": self.recipe.stages[row["stage"] - 1].eval_size,
             "epoch": row["epoch"],
-            "precision": self.machine.as_dict()["precision"],
+            **{name: self.machine.as_dict()[name] for name in ("precision", "processes")},
             "notes": self.machine.notes,
             "rows": self.rows,
             **trained,
@@ -245,7 +255,7 @@ class RunFolder:
             views.numpy(),
             [self._label(*mixed) for mixed in zip(*(part[:ON_SHEET].tolist() for part in batch[1:]), strict=True)],
             columns=8,
-            heading=f"{self.folder.name}, stage {stage_index + 1}: training views at {size} px",
+            heading=f"{self.name}, stage {stage_index + 1}: training views at {size} px",
         )
 
     def _label(self, label: int, other: int, share: float) -> str:
@@ -261,7 +271,7 @@ class RunFolder:
             return
         recipe = self.recipe
         shared = {
-            "title": self.folder.name,
+            "title": self.name,
             "restarts": self._restarts(),
             "stage_names": [f"{'→'.join(map(str, dict.fromkeys(s.crop_size)))} px" for s in recipe.stages],
         }
@@ -295,7 +305,7 @@ class RunFolder:
             return
         self.draw()
         summary = {
-            "run": self.folder.name,
+            "run": self.name,
             "finished": self.epochs_done == self.recipe.epochs,
             "recipe": self.recipe.name,
             "seed": self.recipe.seed,

@@ -15,13 +15,8 @@ from model import SMALLEST_INPUT
 
 ORIGINAL_VIEWS = 20  # of each validation image, see `original_logits`
 CROP = 7 / 8  # of the side
-CROPS = "the whole image and five crops of 7/8 of its side (corners and centre)"
-TTA = {  # test-time augmentation: the forms of each image whose predictions are averaged
-    "none": "the image alone",
-    "mirror": "the image and its mirror image",
-    "multi": f"{CROPS}, each with its mirror image",
-}
-FORMS = {"none": 1, "mirror": 2, "multi": 12}  # how many they are
+# Pixels that are scored of an image, as a multiple of its own, for each of `recipes.TTA`.
+PIXELS = {"none": 1.0, "mirror": 2.0, "multi": 2 * (1 + 5 * CROP**2)}
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -72,7 +67,7 @@ def _score(model: nn.Module, images: Tensor, size: int, mirror: bool) -> Tensor:
 def tta_logits(
     model: nn.Module, images: Tensor, size: int, tta: str, *, precision: torch.dtype | None = None
 ) -> Tensor:
-    """`logits` averaged over the forms of each image that `TTA` names, the whole image at `size` px.
+    """`logits` averaged over the forms of each image that `recipes.TTA` names, the whole image at `size` px.
 
     Crops are scored at their share of `size`, so that objects have the size that they have in the whole image.
     """

@@ -2,6 +2,7 @@ import contextlib
 import functools
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each of several workers takes one core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["no_proxy"] = "127.0.0.1"  # the tests' own servers are not asked for through anybody's proxy
 
 import train
 from harness import demo_shapes
@@ -20,6 +22,12 @@ TINY_RUN = (
     "--demo --threads 1 --precision fp32 --no-compile --epochs 3 1 --crop-size 32 32 --eval-size 32 40 --batch 32 32 "
     "--lr 0.02 0.01 --planes 4 4 8 --vflip 0"
 ).split()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """All but the tests of a GPU are of the CPU's figures, and so see none, processes that they start included."""
+    if "cuda" not in config.option.markexpr.replace("not cuda", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture
@@ -96,6 +104,14 @@ def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def tiny_run(tiny_runs: tuple[Path, Path]) -> Path:
     """The first of the two: its `best.pt`, `last.pt`, `config.json`, `metrics.csv` … are to be read, not changed."""
     return tiny_runs[0]
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that everybody may enter and write in, as pytest's own are not."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o777)
+        yield Path(name)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Checkpoints that are damaged, foreign or hostile: refused with a reason, and never run."""
 
+import hashlib
 import os
 import pickle
 import random
@@ -238,7 +239,7 @@ def test_weights_are_no_state(folder: Path, tiny_run: Path, small_demo, capsys) 
 
 
 @pytest.mark.parametrize(
-    "change", [{"layers": (1, 1, 2)}, {"planes": (4, 4, 16)}, {"planes": "many"}, {"new": 1}, {"optimizer": "sngd"}]
+    "change", [{"layers": (1, 1, 2)}, {"planes": (4, 4, 16)}, {"planes": "many"}, {"optimizer": "sngd"}]
 )
 def test_other_architecture(change: dict, folder: Path) -> None:
     recipe = checkpoint.load(folder / "best.pt")["recipe"] | change
@@ -309,8 +310,36 @@ def test_foreign_first_weights(name: str, words: str, folder: Path, tiny_run: Pa
     assert not list((folder / "new").glob("*.pt"))
 
 
-def test_first_weights_of_another_run(folder: Path, tiny_run: Path, small_demo, capsys) -> None:
-    assert continued(folder / "new", tiny_run, "--init", str(folder / "best.pt"), "--epochs", "1", "0") == 0
+def test_the_second_stage_alone_from_the_weights_of_the_first(folder: Path, tiny_run: Path, small_demo) -> None:
+    """It is what the whole run made of them, bit for bit."""
+    assert continued(folder / "new", tiny_run, "--init", str(folder / "stage1.pt"), "--epochs", "0", "1") == 0
+    ours, theirs = (checkpoint.load_network(path).model.state_dict() for path in (folder / "new", tiny_run))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_settings_of_another_version_are_named_and_nothing_is_lost(folder: Path, tiny_run: Path, small_demo, capsys):
+    payload = checkpoint.load(folder / "last.pt")
+    checkpoint.save(folder / "last.pt", payload | {"recipe": payload["recipe"] | {"mirrored": False}})
+    before = hashes(folder)
+    assert continued(folder, tiny_run) == 1
+    words = "has settings that this version does not know (mirrored); use the version that wrote them"
+    assert error(capsys) == f"error: {folder / 'last.pt'} {words}"
+    with pytest.raises(RunError, match=r"does not know \(mirrored\)"):
+        checkpoint.load_network(folder)
+    assert hashes(folder) == before
+
+
+def test_best_is_asked_of_a_folder(tiny_run: Path) -> None:
+    assert checkpoint.weights_file(tiny_run, best=True) == tiny_run / "best.pt"
+    with pytest.raises(RunError, match="--best takes the best epoch of a run folder"):
+        checkpoint.weights_file(tiny_run / "last.pt", best=True)
+
+
+def test_a_network_is_known_by_the_bytes_it_was_read_from(folder: Path) -> None:
+    digest = hashlib.sha256((folder / "last.pt").read_bytes()).hexdigest()
+    trained = checkpoint.load_network(folder)
+    shutil.copy(folder / "previous.pt", folder / "last.pt")
+    assert trained.sha256 == digest != checkpoint.load_network(folder).sha256
 
 
 # hostile

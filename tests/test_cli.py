@@ -66,7 +66,14 @@ def test_one_value_a_stage():
         ("--demo --recipe cpu", "--demo and --recipe cpu exclude each other"),
         ("--demo --images x", "--demo draws its own pictures; for those of --images give --recipe demo"),
         ("--fold 1 --images x", "--fold is one of STL-10's official folds: there are none of other pictures"),
-        ("--image-size 64", "--image-size is the size of the pictures of --images; STL-10's are 96 px"),
+        ("--image-size 64", "--image-size is of no use without --images: STL-10's are 96 px"),
+        ("--mix-probability 0.5", "--mix-probability is of no use without --mixup or --cutmix"),
+        ("--erase-size 0.5", "--erase-size is of no use without --erase"),
+        ("--warmup 0.2", "--warmup is of no use with --schedule restarts"),
+        ("--recipe cpu --cycle-growth 3", "--cycle-growth is of no use with --schedule cosine"),
+        ("--no-average-warmup", "--average-warmup is of no use without --average"),
+        ("--train-on all --split-seed 1", "--split-seed is of no use with --train-on all"),
+        ("--fold 1 --val-fraction 0.5", "--val-fraction is of no use with --fold"),
         ("--crop-size 32 4x", "'4x' is not a size, nor sizes joined by commas"),
         ("--view 1", "unrecognized arguments: --view 1"),
     ],
@@ -107,3 +114,11 @@ def test_whole_numbers_within_their_bounds():
     for text in ("1", "11", "-3", "2.0", "", "x"):
         with pytest.raises(argparse.ArgumentTypeError, match="is not a whole number from 2 to 10"):
             convert(text)
+
+
+def test_patterns_that_a_shell_has_left_are_expanded(tmp_path: Path):
+    for name in ("run-b", "run-a", "run[1]"):
+        (tmp_path / name).mkdir()
+    given = [tmp_path / name for name in ("run-*", "run[1]", "none*", "plain")]
+    names = ("run-a", "run-b", "run[1]", "none*", "plain")
+    assert cli.expanded(given) == [tmp_path / name for name in names]

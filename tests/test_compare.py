@@ -115,8 +115,3 @@ def test_a_table_that_excel_has_saved_is_read(tmp_path, capsys):
 def test_columns_are_aligned():
     lines = text.table(["name", "n"], [["a", "1"], ["longer", "200"]]).splitlines()
     assert lines == ["name      n", "a         1", "longer  200"]
-
-
-def test_paths_become_printable():
-    assert text.printable(Path("ü b")) == "ü b"
-    assert text.printable(Path("a\udce9\x1b[31m\n")) == r"a\xe9\x1b[31m\n"

@@ -14,7 +14,7 @@ from harness.cost import (
 )
 from harness.machine import Machine
 from model import build_model
-from recipes import RECIPES
+from recipes import RECIPES, TTA
 
 PLAIN = Machine(torch.device("cpu"), torch.float32, compile=False)
 SMALL = {"layers": (1, 1, 1), "planes": (4, 6, 8)}
@@ -58,27 +58,26 @@ def test_seconds_follow_the_sizes_within_a_stage():
 
 
 def test_the_next_epoch_costs_by_its_pixels_and_the_forms_it_is_scored_in():
-    cpu = RECIPES["cpu"]  # 32, 48, 48 and 64 px; the last epoch scores 12 forms of each image, the others 2
+    cpu = RECIPES["cpu"]  # 32, 48, 48 and 64 px; the last epoch scores five crops of 7/8 of the side more
     assert next_epoch_seconds(cpu, 1, 8.0, 1.0) == pytest.approx(8 * 2.25 + 1)
     assert next_epoch_seconds(cpu, 2, 8.0, 1.0) == pytest.approx(8 + 1)
-    assert next_epoch_seconds(cpu, 3, 9.0, 1.0) == pytest.approx(9 * 16 / 9 + 6)
+    assert next_epoch_seconds(cpu, 3, 9.0, 1.0) == pytest.approx(9 * 16 / 9 + 1 + 5 * 49 / 64)
     original = RECIPES["original"]  # from 70 px, scored at 96, to 120 px, scored at 144
     assert next_epoch_seconds(original, 300, 49.0, 4.0) == pytest.approx(144 + 9)
 
 
-def test_the_forms_that_are_counted_are_those_that_are_scored():
+def test_the_pixels_that_are_counted_are_those_that_are_scored():
     class Counter(torch.nn.Module):
-        images = 0
+        pixels = 0
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.images += len(x)
+            self.pixels += x[:, 0].numel()
             return x.mean((2, 3))
 
-    for tta, forms in scoring.FORMS.items():
+    for tta in TTA:
         model = Counter()
         scoring.tta_logits(model, torch.zeros(5, 3, 96, 96, dtype=torch.uint8), 64, tta)
-        assert model.images == 5 * forms
-    assert scoring.FORMS.keys() == scoring.TTA.keys()
+        assert model.pixels == 5 * 64**2 * scoring.PIXELS[tta]
 
 
 def test_the_rates_before_any_measurement_are_arithmetic(monkeypatch: pytest.MonkeyPatch):

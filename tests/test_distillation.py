@@ -22,6 +22,7 @@ from harness.machine import Machine
 from harness.teachers import Teachers, digest
 from losses import distillation_loss, softened_mean
 from recipes import RECIPES, Stage, build_network
+from scheduler import warmup_cosine_rate
 
 PLAIN = Machine(torch.device("cpu"), torch.float32, compile=False)
 RECIPE = dataclasses.replace(
@@ -131,7 +132,8 @@ def test_a_step_is_the_plainly_written_one() -> None:
     torch.manual_seed(recipe.seed)
     net = build_network(recipe, 10).train()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay)
-    rates = (recipe.learning_rate(STAGE, step / (40 * recipe.views_per_image // 8)) for step in range(3))
+    steps = STAGE.epochs * (40 * recipe.views_per_image // 8)
+    rates = (warmup_cosine_rate(step / steps, STAGE.lr, recipe.warmup) for step in range(3))
     for step, rate in enumerate(rates):
         batch = mixed_batch(step)
         logits = net(batch.x)

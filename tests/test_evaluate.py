@@ -198,14 +198,13 @@ def test_scoring_on_test_is_counted(tiny_run, altered, capsys):
     assert read(folder / "evaluation-test")["networks"][0]["results"][0]["accuracy"] == accuracy
 
 
-def test_a_network_that_cannot_be_scored_does_not_cost_the_others_tables(tiny_run, altered, capsys):
-    folder = altered(name="original")
+def test_a_network_that_cannot_be_scored_does_not_cost_the_others_tables(tiny_run, altered, tmp_path, capsys):
+    folder, tiny_run = altered(name="original"), shutil.copytree(tiny_run, tmp_path / "run")
     assert run(tiny_run, folder, "--split", "test", "--out", folder / "out") == 1
     said = capsys.readouterr()
     assert "the test images are missing" in said.err
     accuracy = json.loads((tiny_run / scoring_ledger.FILE).read_text())[-1]["accuracy"]
     assert f"{accuracy:.1%}" in said.out and not (folder / "out" / report.REPORT).exists()
-    (tiny_run / scoring_ledger.FILE).unlink()
 
 
 def test_a_broken_count_is_not_passed_over(altered, capsys):
@@ -221,7 +220,7 @@ def test_missing_test_images_are_not_fetched(altered, tmp_path, capsys, monkeypa
     assert run(altered(name="original"), "--split", "test", "--data-dir", tmp_path) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: the test images are missing: test_X.bin") and said.count("\n") == 1
-    assert "choose nothing" in said
+    assert said.endswith("without --split test fetches all four\n")
     assert not (tmp_path / data.FOLDER).exists()
 
 
@@ -273,7 +272,7 @@ def test_notes_tell_of_foreign_weights_and_unfinished_runs(tiny_run, altered, tm
     folder = altered(init="elsewhere.pt", stages=[{**stage, "epochs": 9} for stage in stages])
     assert run(folder, "--size", 32, "--out", tmp_path / "out") == 0
     said = capsys.readouterr().out
-    assert "began with weights of another one" in said and "is of epoch 4 of 18: the run is not finished" in said
+    assert "began with weights of another one" in said and "is of epoch 4 of 18, not of the last" in said
 
 
 @pytest.mark.parametrize(
@@ -317,3 +316,29 @@ def test_the_count_refuses_what_is_no_list(tmp_path):
         (tmp_path / scoring_ledger.FILE).write_text(text, encoding="latin-1")
         with pytest.raises(RunError, match="move it away"):
             scoring_ledger.add(tmp_path, accuracy=1.0)
+
+
+def test_an_ensemble_of_one_folder_is_one_scoring(tiny_run, tmp_path, capsys):
+    folder = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    both = (folder / "last.pt", folder / "previous.pt")
+    for times in (1, 2):
+        assert run(*both, "--ensemble", "--split", "test") == 0
+        assert len(scoring_ledger.read(folder)) == times
+    assert capsys.readouterr().err.count("was scored on test once before") == 1
+
+
+def test_several_from_within_a_run_folder_are_reported_beside_it(tiny_runs, tmp_path, monkeypatch):
+    for folder in tiny_runs:
+        shutil.copytree(folder, tmp_path / folder.name)
+    monkeypatch.chdir(tmp_path / "seed0")
+    assert run(".") == 0
+    before = (tmp_path / "seed0" / "evaluation-val" / report.REPORT).read_bytes()
+    assert run(".", "../seed1") == 0
+    assert (tmp_path / "seed0" / "evaluation-val" / report.REPORT).read_bytes() == before
+    assert len(read(tmp_path / "evaluation-val")["networks"]) == 2
+
+
+def test_the_weights_of_a_stage_are_not_called_the_last_epochs(tiny_run, tmp_path, capsys):
+    assert run(tiny_run / "stage1.pt", "--out", tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "these images did not select the network\n" in said and "is of epoch 3 of 4, not of the last" in said

@@ -314,10 +314,8 @@ def test_file_in_place_of_the_folder(out: list[str], log: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o555, 0o000])
-def test_folder_of_someone_else(mode: int, tmp_path: Path, log: Path) -> None:
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(folder.stat().st_mode | 0o055)
-    folder = tmp_path / "run"
+def test_folder_of_someone_else(mode: int, open_folder: Path, log: Path) -> None:
+    folder = open_folder / "run"
     folder.mkdir()
     folder.chmod(mode)
     become_nobody = [partial(os.setuid, 65534)] if os.getuid() == 0 else []

@@ -14,15 +14,6 @@ from harness.interrupt import STOPPED_BY_TIME, Interrupt, Stopped
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-@pytest.fixture(autouse=True)
-def handlers():
-    """Leaves the handlers of the process as they were."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     """Stands for the module `time`, and stands still."""

@@ -42,7 +42,8 @@ def test_deterministic_is_set_where_asked_for(restored):
     assert torch.are_deterministic_algorithms_enabled()
 
 
-def test_a_device_that_is_not_there_is_a_sentence():
+def test_a_device_that_is_not_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(RunError, match="--device cuda:7: .* use"):
         start_machine(Runtime(device="cuda:7"))
 
@@ -63,8 +64,9 @@ def test_compile_needs_a_compiler(restored, monkeypatch):
 def test_processes_share_each_batch_equally(world: int):
     machines = [Machine(CPU, torch.float32, compile=False, rank=rank, world=world) for rank in range(world)]
     for step in range(3):
-        rows = [row for machine in machines for row in range(100)[machine.share_of_batch(step, 8)]]
-        assert rows == list(range(8 * step, 8 * step + 8))
+        shares = [range(100)[machine.share_of_batch(step, 8)] for machine in machines]
+        assert [row for share in shares for row in share] == list(range(8 * step, 8 * step + 8))
+        assert {len(share) for share in shares} == {8 // world}
     assert [machine.leads for machine in machines] == [True] + [False] * (world - 1)
 
 
@@ -132,3 +134,22 @@ def test_windows_compiles_with_its_own_compilers(device, there, obstacle, monkey
     monkeypatch.setattr(machine_module.importlib.util, "find_spec", lambda name: "found")
     found = machine_module._obstacle_to_compiling(torch.device(device))
     assert obstacle in found and bool(found) == bool(obstacle)
+
+
+def test_images_that_would_fill_a_card_stay_where_they_are(monkeypatch: pytest.MonkeyPatch):
+    images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * images.nbytes - 1, 10**9))
+    machine = Machine(torch.device("cuda", 0), torch.float32, compile=False)
+    assert machine.hold(images) is images
+    assert len(machine.notes) == 1 and "stay in the host's memory" in machine.notes[0]
+
+
+@pytest.mark.parametrize(
+    "card, precision", [("NVIDIA GeForce GTX 1660 Ti", "fp32"), ("NVIDIA GeForce RTX 2080", "fp16")]
+)
+def test_fp16_is_for_cards_with_tensor_cores(card: str, precision: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    chosen = machine_module._precision(torch.device("cuda", 0), "auto")
+    assert machine_module.PRECISIONS[chosen] == precision

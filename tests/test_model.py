@@ -4,7 +4,6 @@ import pytest
 import torch
 import torchvision
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import Bottleneck as TorchvisionBottleneck
 
 from model import PARAMETER_BUDGET, SLOPE, Bottleneck, ResNet, build_model, cosine_filters, count_parameters
@@ -38,13 +37,6 @@ def test_names_are_torchvisions():
     ours = list(build_model().state_dict())
     assert len(ours) == 404
     assert ours == [name for name in torchvision_network().state_dict() if not name.startswith("layer4")]
-
-
-@pytest.mark.parametrize("size, gflop", [(70, 0.74), (96, 1.37), (120, 2.16)])
-def test_published_cost(size, gflop):
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        build_model()(torch.empty(1, 3, size, size))
-    assert counter.get_total_flops() / 1e9 == pytest.approx(gflop, abs=0.005)
 
 
 @pytest.mark.parametrize("stride, groups, base_width, dilation", [(1, 1, 64, 1), (2, 1, 64, 1), (1, 2, 96, 2)])

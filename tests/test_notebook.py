@@ -1,11 +1,13 @@
 """The four lines for a notebook, in a real kernel: what a cell starts, prints and shows."""
 
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 
 PROJECT = Path(__file__).parents[1]
+PYTHON = shlex.quote(sys.executable)
 TINY = "--demo --epochs 2 1 --crop-size 32 32 --eval-size 32 40 --batch 32 32 --planes 4 4 8 --threads 1"
 
 
@@ -21,9 +23,9 @@ def test_a_cell_trains_and_shows_the_plot(tmp_path: Path):
     cells = [
         "import os; print(os.environ['MPLBACKEND'])",
         f"%cd {PROJECT}",
-        f"!{sys.executable} train.py {TINY} --data-dir {tmp_path} --out {tmp_path / 'drive' / 'run'}",
+        f"!{PYTHON} train.py {TINY} --data-dir {tmp_path} --out {tmp_path / 'drive' / 'run'}",
         f"from IPython.display import Image; Image('{tmp_path / 'drive' / 'run' / 'accuracy.png'}')",
-        f"!{sys.executable} evaluate.py {tmp_path / 'drive' / 'run'}",
+        f"!{PYTHON} evaluate.py {tmp_path / 'drive' / 'run'}",
         "%matplotlib inline\nimport harness.plots, matplotlib; matplotlib.get_backend()",
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])

@@ -196,15 +196,12 @@ def test_a_mounted_file_is_written_into(mounted: Path) -> None:
     assert names(mounted.parent) == ["mounted", "source"]
 
 
-def test_a_file_in_a_folder_that_takes_no_others_is_written_into(tmp_path: Path, monkeypatch) -> None:
+def test_a_file_in_a_folder_that_takes_no_others_is_written_into(open_folder: Path) -> None:
     """Tested as another user where this one is root, whom no mode holds back."""
-    path = tmp_path / "fixed" / "out.csv"
+    path = open_folder / "fixed" / "out.csv"
     path.parent.mkdir()
     path.write_text("an older and longer text")
     path.chmod(0o666)
-    for folder in tmp_path.parents[:3]:
-        folder.chmod(folder.stat().st_mode | 0o055)
-    tmp_path.chmod(0o755)
     path.parent.chmod(0o555)
     code = (
         "import os; from pathlib import Path; from harness.files import write_text\nos.getuid() or os.setuid(65534)\n"

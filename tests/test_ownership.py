@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import TINY_RUN
 from picture_folders import TINY, fill
 from run_contents import hashes
@@ -104,20 +103,13 @@ def test_files_of_other_names_stay_even_when_a_run_is_overwritten(run: Path) -> 
     assert [(run / name).read_text() for name in others] == ["mine"] * len(others)
 
 
-def test_overwriting_a_run_with_its_own_weights_keeps_these(run: Path) -> None:
-    weights = checkpoint.load_network(run).model.state_dict()
-    shutil.copy(run / "last.pt", run.parent / "kept.pt")
-    start = ["--seed", 5, "--lr", 1e-12, 1e-12, "--optimizer", "sgd", "--weight-decay", 0]
-    with pytest.raises(RunError, match="nothing.pt"):
-        trained(run, "--overwrite", "--init", run / "nothing.pt")
-    with pytest.raises(RunError, match="does not fit|do not fit|not fit"):
-        trained(run, "--overwrite", "--init", run / "last.pt", "--planes", 4, 4, 16)
-    assert checkpoint.load_network(run).recipe.seed == 0
-    assert trained(run, "--overwrite", "--init", run / "last.pt", *start) == 0
-    begun = checkpoint.load_network(run)
-    assert begun.recipe.seed == 5
-    for name, value in begun.model.named_parameters():
-        torch.testing.assert_close(value, weights[name], rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("flag", ["--init", "--teacher"])
+def test_a_run_is_not_overwritten_by_one_that_learns_from_it(flag: str, run: Path, capsys) -> None:
+    before = (run / "last.pt").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        trained(run, "--overwrite", flag, run / "last.pt")
+    assert stop.value.code == 2 and f"--overwrite would remove {run / 'last.pt'}" in capsys.readouterr().err
+    assert (run / "last.pt").read_bytes() == before
 
 
 def test_a_run_that_was_killed_in_its_first_epoch_begins_again(run: Path) -> None:

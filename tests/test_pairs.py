@@ -74,7 +74,6 @@ def test_two_networks_are_compared_the_second_against_the_first(tiny_runs, tmp_p
     for row, size in zip(read(tmp_path)["pairs"], (32, 40), strict=True):
         own, reverse = alone(second, first, size)
         p_value = metrics.mcnemar(own, reverse)
-        assert own != reverse
         assert row == {
             "networks": [str(second)], "against": [str(first)], "size": size, "images": 40,
             "networks_alone_right": own, "against_alone_right": reverse, "p_value": p_value,
@@ -85,12 +84,10 @@ def test_two_networks_are_compared_the_second_against_the_first(tiny_runs, tmp_p
 
 
 def test_pairs_are_pooled(tiny_runs, tmp_path, capsys) -> None:
-    """The last epochs of two seeds against their best ones."""
-    names = [[folder / name for folder in tiny_runs] for name in ("last.pt", "best.pt")]
-    payload = checkpoint.load(names[1][0])
-    assert payload["epoch"] < 4  # else the two were one network
+    """The last epochs of two seeds against those before them."""
+    names = [[folder / name for folder in tiny_runs] for name in ("last.pt", "previous.pt")]
     assert run(*names[0], "--against", *names[1], "--size", 40, "--out", tmp_path) == 0
-    counts = [alone(last, best, 40) for last, best in zip(*names, strict=True)]
+    counts = [alone(last, before, 40) for last, before in zip(*names, strict=True)]
     own, reverse = (sum(of_pairs) for of_pairs in zip(*counts, strict=True))
     report, said = read(tmp_path), capsys.readouterr().out
     (row,) = report["pairs"]

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -200,13 +201,18 @@ def test_test_pictures_are_distinct_too(tmp_path: Path, capsys: pytest.CaptureFi
         picture_folder.load_test(tmp_path, 32)
 
 
-def test_broken_files_are_named_and_counted(images: Path) -> None:
+def test_broken_files_are_named_and_the_others_kept(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (images / "apple" / "a.png").write_bytes(b"not a picture")
     whole = (images / "sky" / "sky1.jpg").read_bytes()
     (images / "sky" / "sky1.jpg").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(RunError, match=r"apple/a\.png.*, and so with 1 more; repair it or take it out"):
+    with pytest.raises(RunError, match=r"apple/a\.png.*and .*sky/sky1\.jpg.*; repair them or take them out"):
         picture_folder.load(images, 32)
-    assert not list(images.glob(".*"))
+    opened, really = [], picture_file.open_square
+    monkeypatch.setattr(picture_file, "open_square", lambda path, size: opened.append(path) or really(path, size))
+    (images / "sky" / "sky1.jpg").write_bytes(whole)
+    with pytest.raises(RunError, match=r"apple/a\.png.*; repair it or take it out"):
+        picture_folder.load(images, 32)
+    assert {path.name for path in opened} == {"a.png", "sky1.jpg"}  # the others' squares were kept
 
 
 def test_other_files_are_passed_over_aloud(images: Path, capsys: pytest.CaptureFixture) -> None:
@@ -295,6 +301,22 @@ def test_training_on_a_folder_keeps_its_classes_and_refuses_other_images(
         load_for_network(trained, Source(Path("data"), None), fetch=False)
 
 
+def test_a_picture_folder_that_is_gone_is_asked_for(images: Path, empty_plots: None) -> None:
+    run = images.with_name("run")
+    assert train.main([*TINY, "--images", str(images), "--out", str(run)]) == 0
+    images.rename(images.with_name("moved"))
+    assert recorded_source(run) == (Path("data"), None)
+    with pytest.raises(RunError, match="was trained with a folder of pictures; name it with --images"):
+        load_for_network(checkpoint.load_network(run), recorded_source(run), fetch=False)
+
+
+def test_all_pictures_in_two_classes_are_counted(images: Path) -> None:
+    for number in range(5):
+        shutil.copy(next((images / "leaf").glob(f"leaf{number}.*")), images / "sky")
+    with pytest.raises(RunError, match=r"in two classes, .* and 2 more; take each out of one of them"):
+        picture_folder.load(images, 32)
+
+
 def test_test_images_beside_other_pictures_than_the_networks_are_refused(tmp_path: Path, empty_plots: None) -> None:
     """What lies in test today may have been in train when the network learnt."""
     images = tmp_path / "pictures"
@@ -325,10 +347,7 @@ def test_test_images_of_other_classes_are_refused(tmp_path: Path, empty_plots: N
 @pytest.mark.parametrize(
     ("flags", "told"),
     (
-        (["--demo", "--images", "x"], "--demo draws its own pictures"),
-        (["--images", "x", "--fold", "3"], "there are none of other pictures"),
         (["--demo", "--fold", "3"], "there are none of other pictures"),
-        (["--image-size", "64"], "STL-10's are 96 px"),
         (["--val-fraction", "0"], "--val-fraction is above 0.0 and up to 0.9, not 0.0"),
     ),
 )

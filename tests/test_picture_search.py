@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,13 +87,11 @@ def test_every_kind_that_pillow_decodes_is_looked_for(tmp_path):
 
 
 @pytest.fixture
-def without_rights() -> Iterator[Path]:
+def without_rights(open_folder: Path) -> Iterator[Path]:
     """A folder that everybody may enter, read by somebody who is not the superuser."""
     user = os.geteuid()
-    with tempfile.TemporaryDirectory() as name:
-        Path(name).chmod(0o777)
-        yield Path(name)
-        os.seteuid(user)
+    yield open_folder
+    os.seteuid(user)
 
 
 def become_nobody() -> None:

@@ -35,8 +35,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def of(recipe: Recipe, machine: Machine = PLAIN, images: int = 400) -> Progress:
-    return Progress(machine, recipe, build_network(recipe, 10), images, 10)
+def of(recipe: Recipe, machine: Machine = PLAIN, images: int = 400, **own) -> Progress:
+    return Progress(machine, recipe, build_network(recipe, 10), {"train": images, "val": 100} | own, 10)
 
 
 def run_epoch(watch: Progress, clock: Clock, seconds: list[float], epochs_done: int = 0) -> None:
@@ -121,6 +121,15 @@ def test_a_long_run_on_a_cpu_is_advised_of_shorter_ones(device: str, advised: bo
     expected = f"that is long for a CPU; --recipe cpu would take about {duration(seconds)}, --demo one minute"
     assert advice == ([expected] if advised else [])
     assert len(watch.forecast(0, 20.0).splitlines()) == 1
+
+
+def test_ones_own_pictures_are_forecast_with_the_views_that_they_would_get():
+    watch = of(two_stages(), images=40_000, digest="of these pictures")
+    recipe = dataclasses.replace(RECIPES["cpu"], views_per_image=1)
+    modelled = cost.modelled_rates(PLAIN, recipe, build_network(recipe, 10))
+    speed = 0.5 / cost.modelled_rates(PLAIN, watch.recipe, watch.net)[32]
+    seconds = cost.seconds_at_rates(recipe, 40_000, {size: speed * rate for size, rate in modelled.items()})
+    assert f"--recipe cpu would take about {duration(seconds)}, " in watch.forecast(0, 0.5)
 
 
 def test_there_is_no_forecast_of_a_run_that_ends_within_a_minute():

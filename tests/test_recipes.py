@@ -8,7 +8,7 @@ import torch
 
 from data import AUGMENTATIONS
 from model import count_parameters
-from recipes import RECIPES, Recipe, Stage, build_network, replace
+from recipes import RECIPES, Recipe, Stage, UnknownSettings, build_network, replace
 
 
 def test_last_rates_of_the_original_are_those_it_ended_on():
@@ -35,8 +35,10 @@ def test_a_recipe_is_read_by_the_names_of_older_checkpoints(name):
 
 def test_a_recipe_of_other_settings_is_refused():
     values = RECIPES["demo"].as_dict()
-    with pytest.raises(TypeError, match="colour"):
+    with pytest.raises(UnknownSettings, match=r"does not know \(colour\)"):
         Recipe.from_dict(values | {"colour": 1})
+    with pytest.raises(UnknownSettings, match=r"does not know \(shear\)"):
+        Recipe.from_dict(values | {"augmentation": values["augmentation"] | {"shear": 1}})
     with pytest.raises(ValueError, match="views_per_image"):
         Recipe.from_dict(values | {"views_per_image": 0})
     with pytest.raises(KeyError, match="stages"):

@@ -11,8 +11,9 @@ from conftest import TINY_RUN
 
 import train
 from augment import denormalise
-from harness import checkpoint, plots
+from harness import checkpoint, errors, plots
 from harness.demo_shapes import DEMO_CLASSES
+from scheduler import warmup_cosine_rate
 
 MIXED = "--mixup 1 --cutmix 1 --mix-probability 0.8 --erase 0.5".split()
 
@@ -80,8 +81,54 @@ def test_notes_outlive_the_process_that_made_them(tmp_path: Path, small_demo, em
     assert checkpoint.load(folder / "last.pt")["notes"] == told
 
 
-def test_the_plotted_rates_are_those_of_the_rows(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = {}
-    monkeypatch.setattr(plots, "learning_rate", lambda path, epochs, rates, *_, **how: drawn.update(rates=rates))
+@pytest.mark.parametrize("schedule", ["restarts", "cosine"])
+def test_the_plotted_rates_are_those_of_the_rows(schedule: str, tmp_path: Path, small_demo, empty_plots, monkeypatch):
+    """One that changes with the epoch is a step as long as it; one that changes with each step is drawn at eighths."""
+    drawn = []
+    monkeypatch.setattr(plots, "learning_rate", lambda path, epochs, rates, *_, **how: drawn.append((epochs, rates)))
+    assert trained(tmp_path / "run", "--schedule", schedule, "--epochs", 3, 1) == 0
+    (epochs, rates), rows = drawn[-1], checkpoint.load(tmp_path / "run" / "last.pt")["rows"]
+    assert epochs == [n / 8 for n in range(32)]
+    assert rates[::8] == pytest.approx([row["lr"] for row in rows], rel=1e-6)
+    if schedule == "cosine":
+        expected = [warmup_cosine_rate(n / 24, 0.02, 0.1) for n in range(24)]
+        expected += [warmup_cosine_rate(n / 8, 0.01, 0.1) for n in range(8)]
+    else:
+        expected = [row["lr"] for row in rows for _ in range(8)]
+    assert rates == pytest.approx(expected, rel=1e-6)
+
+
+def test_another_number_of_processes_is_noted(run: Path, capsys) -> None:
+    payload = checkpoint.load(run / "previous.pt")
+    assert payload["processes"] == 1
+    checkpoint.save(run / "last.pt", payload | {"processes": 2})
     assert trained(run) == 0
-    assert drawn["rates"] == [row["lr"] for row in checkpoint.load(run / "last.pt")["rows"] for _ in range(8)]
+    assert "the run has been trained by 2 process(es) so far, and goes on by 1" in capsys.readouterr().out
+    assert "by 2 process(es)" in json.loads((run / "summary.json").read_text())["notes"][-1]
+
+
+def test_a_run_in_the_current_folder_has_its_name(tmp_path: Path, small_demo, empty_plots, monkeypatch) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    assert train.main([*TINY_RUN, "--epochs", "1", "0", "--data-dir", str(tmp_path / "data"), "--out", "."]) == 0
+    assert json.loads(Path("summary.json").read_text())["run"] == "mine"
+
+
+def test_too_little_memory_names_the_epoch_and_the_way_out(
+    tmp_path: Path, small_demo, empty_plots, monkeypatch, capsys
+):
+    steps, really = [], train.Trainer.step
+
+    def step(trainer: train.Trainer, batch: train.Batch) -> tuple:
+        steps.append(batch)
+        if len(steps) > 5:  # an epoch has five
+            raise MemoryError
+        return really(trainer, batch)
+
+    monkeypatch.setattr(train.Trainer, "step", step)
+    assert errors.report(lambda: trained(tmp_path / "run", "--views", 1)) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "error: not enough memory for epoch 2: batches of 32 views of 32 px, scored at 32 px; give a "
+    )
+    assert said.count("\n") == 1 and checkpoint.load(tmp_path / "run" / "last.pt")["epoch"] == 1

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -70,7 +71,7 @@ def test_interrupted_later(before, capsys: pytest.CaptureFixture) -> None:
 
 def test_a_shell_that_ignores_ctrl_c_is_obeyed() -> None:
     code = "import signal, harness.errors as e; e.before_imports(); print(signal.getsignal(2) is signal.SIG_IGN)"
-    shell = f"trap '' INT; exec {sys.executable} -c '{code}'"
+    shell = f"trap '' INT; exec {shlex.quote(sys.executable)} -c '{code}'"
     result = subprocess.run(["sh", "-c", shell], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout == "True\n"
 

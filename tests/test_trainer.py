@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import shutil
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from harness import scoring
 from harness.machine import Machine
 from model import build_model
 from recipes import RECIPES, Recipe, Stage, build_network
+from scheduler import warmup_cosine_rate
 from train import EpochResult, Trainer
 
 PLAIN = Machine(torch.device("cpu"), torch.float32, compile=False)
@@ -87,7 +89,7 @@ def by_hand(options: ViewOptions) -> tuple[list[float], int, dict[str, torch.Ten
         targets = share[:, None] * F.one_hot(own, 10) + (1 - share[:, None]) * F.one_hot(other, 10)
         loss = F.cross_entropy(logits, targets, label_smoothing=0.1 * 10 / 9)
         for group in optimizer.param_groups:
-            group["lr"] = RECIPE.learning_rate(STAGE, step / 5)
+            group["lr"] = warmup_cosine_rate(step / (5 * STAGE.epochs), STAGE.lr, RECIPE.warmup)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -163,6 +165,23 @@ def test_a_compiled_epoch_agrees_with_the_eager_one(precision: torch.dtype, tole
     _, result = trained(dataclasses.replace(PLAIN, precision=precision, compile=True))
     _, eager_result = trained(dataclasses.replace(PLAIN, precision=precision))
     torch.testing.assert_close(result.losses, eager_result.losses, atol=tolerance, rtol=tolerance)
+
+
+def test_a_step_whose_compiler_fails_is_repeated_without_it(monkeypatch: pytest.MonkeyPatch, capsys):
+    def failing(net: torch.nn.Module, **_) -> Callable:
+        def compiled(x: torch.Tensor) -> torch.Tensor:
+            net(x)  # a compiled forward pass has moved the running statistics when its backward pass fails to compile
+            raise RuntimeError("no compiler\nand more")
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", failing)
+    machine = dataclasses.replace(PLAIN, compile=True)
+    trainer, result = trained(machine)
+    plain, expected = trained()
+    assert torch.equal(result.losses, expected.losses)
+    assert torch.equal(floats(trainer.net.state_dict()), floats(plain.net.state_dict()))
+    assert len(machine.notes) == 1 and machine.notes[0].endswith("so it goes on uncompiled, slower: no compiler")
 
 
 @pytest.mark.parametrize("compile", [False, True])
