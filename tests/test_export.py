@@ -1,5 +1,6 @@
 """What is exported gives the logits that the project scores, for any batch and size, and says what it takes."""
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -118,6 +119,13 @@ def test_files_say_what_they_take_and_give(exported: Exported) -> None:
         assert trained.images == {"train": 24, "val": 6, "digest": "of a folder that is not here"}
     assert json.loads(told["classes"]) == list(CLASSES) and told["eval_size"] == "48" and told["epoch"] == "7"
     assert "RGB pixels from 0 to 255, float32" in told["input"] and "logits" in told["output"]
+
+
+def test_a_selected_networks_accuracy_comes_with_how_it_was_scored(run: Path) -> None:
+    trained = checkpoint.load_network(run)
+    assert "val_accuracy" not in export.metadata(dataclasses.replace(trained, val_accuracy=None))
+    told = export.metadata(dataclasses.replace(trained, val_accuracy=0.5))
+    assert (told["val_accuracy"], told["val_accuracy_tta"]) == ("0.5", trained.recipe.tta_at(trained.epoch - 1))
 
 
 def test_half_precision_weights_are_a_checkpoint_of_half_the_size(tmp_path: Path) -> None:
