@@ -39,10 +39,11 @@ def stl10_dir() -> Path:
 
 
 @pytest.fixture
-def emulated_card() -> str:
+def emulated_card(monkeypatch: pytest.MonkeyPatch) -> str:
     """The program that runs a Python on an emulated CUDA device; the test is skipped where there is none."""
     if "FAKECUDA" not in os.environ:
         pytest.skip("needs an emulated CUDA device: set FAKECUDA to the program that starts Python with one")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return os.environ["FAKECUDA"]
 
 

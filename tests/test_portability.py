@@ -58,11 +58,11 @@ def rows(run: Path) -> list[dict[str, str]]:
 @pytest.mark.slow
 def test_a_card_s_rows_are_the_cpu_s_in_every_digit(emulated_card: str, tmp_path: Path):
     flags = [*TINY, "--precision", "fp32", "--no-compile", "--data-dir", tmp_path]
-    for name, program in (("cpu", ""), ("card", emulated_card)):
-        done = python("train.py", *flags, "--out", tmp_path / name, program=program)
+    for device, program in (("cpu", ""), ("cuda", emulated_card)):
+        done = python("train.py", *flags, "--device", device, "--out", tmp_path / device, program=program)
         assert done.returncode == 0, done.stderr
-    assert '"device": "cuda:0"' in (tmp_path / "card" / "config.json").read_text()
-    assert rows(tmp_path / "card") == rows(tmp_path / "cpu") != []
+    assert '"device": "cuda:0"' in (tmp_path / "cuda" / "config.json").read_text()
+    assert rows(tmp_path / "cuda") == rows(tmp_path / "cpu") != []
 
 
 START = """
