@@ -4,7 +4,7 @@ All randomness of an epoch is drawn once, on the CPU (`draw_epoch`). Everything 
 those draws: the same draws give the same views on every device and in every batch, and a resumed run has no random
 state to restore. Nothing waits for the device: no constant is copied to it and no value is read back.
 
-`take_samples` and `batch_of` make what a training step takes: views, normalised, erased and mixed, in this order.
+`take_samples` and `augmented_batch` make what a training step takes: views, normalised, erased, mixed, in this order.
 """
 
 import functools
@@ -91,7 +91,7 @@ class EpochDraws:
     colour_orders: list[tuple[int, int, int, int]]  # one per batch, known to the host; see COLOUR_ORDERS
 
     def to(self, device: torch.device | str, images: torch.device | str | None = None) -> "EpochDraws":
-        """The same draws for use on `device`; the order goes to where the `images` are, if that is elsewhere."""
+        """The same draws on `device`; `order`, which indexes the images, goes to theirs."""
         tensors = (self.order.to(images or device), self.uniforms.to(device), self.own_share.to(device))
         return EpochDraws(*tensors, self.colour_orders)
 
@@ -327,7 +327,7 @@ def take_samples(images: Tensor, labels: Tensor, draws: EpochDraws, rows: slice)
     return Samples(pixels, labels, uniforms, draws.own_share[rows])
 
 
-def batch_of(
+def augmented_batch(
     images: Tensor,
     labels: Tensor,
     uniforms: Tensor,
@@ -348,5 +348,5 @@ def batch_of(
 def make_batch(
     images: Tensor, labels: Tensor, draws: EpochDraws, step: int, rows: slice, size: int, options: ViewOptions
 ) -> Batch:
-    """The batch of step `step`: the samples `rows` of an epoch's draws, as views of `size` px."""
-    return batch_of(*take_samples(images, labels, draws, rows), draws.colour_orders[step], size, options)
+    """`take_samples` and `augmented_batch`, where no graph is captured: step `step`'s `rows`, as views of `size` px."""
+    return augmented_batch(*take_samples(images, labels, draws, rows), draws.colour_orders[step], size, options)

@@ -28,7 +28,7 @@ from typing import Any
 from harness import errors
 
 if __name__ == "__main__":
-    errors.before_imports()
+    errors.before_imports()  # which take seconds
 
 import torch
 

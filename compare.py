@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from harness import errors
 
 if __name__ == "__main__":
-    errors.before_imports()
+    errors.before_imports()  # which take seconds
 
 from harness import canvas, plots, text
 from harness.cli import expanded, file_path, png_path

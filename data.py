@@ -77,6 +77,14 @@ class DataSet:
     given_split: tuple[Tensor, Tensor] | None = None
 
 
+class Split(NamedTuple):
+    """A data set, and the int64 indices of the images that train and of those that validate."""
+
+    dataset: DataSet
+    train: Tensor
+    val: Tensor
+
+
 def load(data_dir: Path, split: str, specs: Specs = OFFICIAL, classes: tuple[str, ...] = CLASSES) -> DataSet:
     """Read the `train` (5,000 images) or `test` (8,000 images) files; no others are touched, nothing is written.
 

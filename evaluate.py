@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from harness import errors
 
 if __name__ == "__main__":
-    errors.before_imports()
+    errors.before_imports()  # which take seconds
 
 import torch
 from torch import Tensor
@@ -27,7 +27,15 @@ from tqdm import tqdm
 import data
 from harness import checkpoint, files, metrics, ownership, report, scoring, scoring_ledger
 from harness.checkpoint import TrainedNetwork
-from harness.cli import expanded, file_path, machine_settings, network_parser, refuse_among_pictures, whole_number
+from harness.cli import (
+    expanded,
+    file_path,
+    machine_settings,
+    network_parser,
+    refuse_among_pictures,
+    refuse_idle_best,
+    whole_number,
+)
 from harness.errors import RunError
 from harness.images import load_for_network, load_test_images, recorded_source
 from harness.machine import Machine, start_machine
@@ -166,6 +174,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[lis
         parser.error("several sizes are compared on clean val images only: the test images choose nothing")
     args.size = sorted(set(args.size)) if args.size else [None]
     args.networks, args.against = expanded(args.networks), expanded(args.against)
+    refuse_idle_best(parser, args.best, [*args.networks, *args.against])
     sides = [side for side in (args.networks, args.against) if side]
     if args.ensemble and any(len(side) < 2 for side in sides):
         parser.error("--ensemble takes two networks or more")
@@ -236,9 +245,9 @@ def evaluate(members: list[TrainedNetwork], args: argparse.Namespace, machine: M
     entry = report.entry(members, about, args.split, results, shown) | {"images_sha256": report.digest(images, labels)}
     if args.split == "test":
         result = {key: results[0][key] for key in ("size", "tta", "accuracy")}
-        by_folder = {member.file.parent: facts for member, facts in zip(members, about, strict=True)}
-        for folder, facts in by_folder.items():
-            scoring_ledger.add(folder, **facts, ensemble_of=len(members), **result)
+        together = {"members": about} if len(members) > 1 else about[0]
+        for folder in dict.fromkeys(member.file.parent for member in members):
+            scoring_ledger.add(folder, **together, ensemble_of=len(members), **result)
     return Evaluation(entry, right), scored
 
 

@@ -26,7 +26,7 @@ from typing import NamedTuple
 from harness import errors
 
 if __name__ == "__main__":
-    errors.before_imports()
+    errors.before_imports()  # which take seconds
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 import augment
 from harness import checkpoint, demo_shapes, files, scoring
 from harness.checkpoint import TrainedNetwork
-from harness.cli import file_path, refuse_among_pictures
+from harness.cli import add_best, file_path, refuse_among_pictures, refuse_idle_best
 from harness.errors import RunError
 from harness.images import Source, load_for_network, recorded_source
 from model import SMALLEST_INPUT
@@ -71,6 +71,7 @@ class Format(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
+    refuse_idle_best(parser, args.best, [args.checkpoint])
     trained = checkpoint.load_network(args.checkpoint, args.best)
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if "onnx" in args.format and missing:
@@ -95,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="export.py", description="Write a trained network in formats for use elsewhere.", allow_abbrev=False
     )
     parser.add_argument("checkpoint", type=file_path, metavar="CHECKPOINT", help="checkpoint file or run folder")
-    parser.add_argument("--best", action="store_true", help="of a run folder take best.pt (default: its last.pt)")
+    add_best(parser)
     parser.add_argument(
         "--out", type=file_path, metavar="FOLDER", help="where to write (default: beside the checkpoint)"
     )

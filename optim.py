@@ -35,12 +35,11 @@ def build_optimizer(
         return Muon(groups, lr=stage.lr, momentum=0.9, precision=precision)
     if recipe.optimizer == "sgd":
         return with_momentum(torch.optim.SGD(groups, lr=stage.lr, momentum=0.9, nesterov=True, fused=True))
-    kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=stage.lr, fused=True)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](groups, lr=stage.lr, fused=True)
 
 
 def with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
-    """The optimiser with a momentum of zeros, from which its first step is the same.
+    """The optimiser with its momentum made beforehand, of zeros, from which the first step is the same.
 
     PyTorch's fused SGD makes the momentum in its first step, and leaves it unfilled if that step's fp16 gradients
     overflow: the second would learn from whatever lay in memory.
@@ -71,7 +70,7 @@ class Muon(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Learn from the gradients; those of filters are used up."""
+        """One step. The gradients of orthogonal groups are gone after it."""
         for group in self.param_groups:
             if group["orthogonal"]:
                 for filters in group["params"]:
@@ -87,7 +86,7 @@ class Muon(torch.optim.SGD):
         grad = filters.grad if scale is None else filters.grad.div_(scale)
         momentum = torch.add(grad, state["momentum_buffer"], alpha=decay, out=state["momentum_buffer"])
         ahead = grad.add_(momentum, alpha=decay)
-        # The order of a matrix's columns is no matter: taken as they lie in memory, nothing has to be copied.
+        # The order of the columns does not matter: taken as they lie in memory, nothing has to be copied.
         order = (0, 2, 3, 1) if filters.is_contiguous(memory_format=torch.channels_last) else (0, 1, 2, 3)
         weights = filters.permute(order).view(len(filters), -1)  # a view, as it is written to
         direction = orthogonalise(ahead.permute(order).flatten(1), self.precision)

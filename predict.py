@@ -18,7 +18,7 @@ from typing import NamedTuple
 from harness import errors
 
 if __name__ == "__main__":
-    errors.before_imports()
+    errors.before_imports()  # which take seconds
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from harness import checkpoint, files, picture_file, picture_search, plots, scoring, text
 from harness.checkpoint import TrainedNetwork
-from harness.cli import expanded, file_path, machine_settings, network_parser, png_path, whole_number
+from harness.cli import expanded, file_path, machine_settings, network_parser, png_path, refuse_idle_best, whole_number
 from harness.errors import RunError
 from harness.machine import Machine, start_machine
 from harness.picture_search import HARMLESS, PassedOver
@@ -48,6 +48,7 @@ class Prediction(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
+    refuse_idle_best(parser, args.best, [args.network])
     machine = start_machine(machine_settings(parser, args))
     trained = checkpoint.load_network(args.network, args.best)
     trained.model.to(machine.device)

@@ -156,6 +156,25 @@ class Recipe:
             raise ValueError(f"tune_fold and {other} exclude each other: each says which images to train on")
 
     @property
+    def idle(self) -> dict[str, str]:
+        """The settings that change nothing beside the others, and why."""
+        idle, views = {}, self.augmentation
+        if not views.mixes:
+            idle["mix_probability"] = "without --mixup or --cutmix"
+        if not views.erase:
+            idle["erase_size"] = "without --erase"
+        if self.schedule == "restarts":
+            idle["warmup"] = "with --schedule restarts"
+        else:
+            idle |= dict.fromkeys(("cycle", "cycle_growth", "cycle_decay"), f"with --schedule {self.schedule}")
+        if not self.average:
+            idle["average_warmup"] = "without --average"
+        if self.fold is not None or self.train_on == "all":
+            why = "with --train-on all" if self.fold is None else "with --fold"
+            idle |= dict.fromkeys(("split_seed", "val_fraction"), why)
+        return idle
+
+    @property
     def epochs(self) -> int:
         """Epochs of all stages together."""
         return sum(stage.epochs for stage in self.stages)
@@ -198,14 +217,14 @@ class Recipe:
         """Whether the learning rate changes with each step; else with each epoch."""
         return self.schedule == "cosine"
 
-    def steps(self, stage: Stage, images: int) -> int:
+    def steps_per_epoch(self, stage: Stage, images: int) -> int:
         """Steps of an epoch of a stage over `images` training images; what does not fill a batch is left out."""
         return images * self.views_per_image // stage.batch
 
     def samples(self, images: int, stage_indices: list[int]) -> int:
         """Samples of one epoch of each of these stages (from 0) over `images` training images: whole batches only."""
-        batches = (self.stages[index].batch for index in stage_indices)
-        return sum(images * self.views_per_image // batch * batch for batch in batches)
+        stages = (self.stages[index] for index in stage_indices)
+        return sum(self.steps_per_epoch(stage, images) * stage.batch for stage in stages)
 
     def learning_rate(self, stage: Stage, epoch: float) -> float:
         """Learning rate at an epoch of a stage, counted from 0, fractions allowed."""
@@ -233,7 +252,7 @@ class Recipe:
 
 
 def old_rules(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a recipe's plain values lack, because they are newer, as it followed them nevertheless."""
+    """What a recipe's plain values imply for settings that did not exist when they were written."""
     return {name: rule for name, rule in OLD_RULES.items() if name not in values and values.get("average")}
 
 

@@ -1,4 +1,4 @@
-"""A setting: a dataclass field with its help text and its limits, which a flag of a command is made of."""
+"""Dataclass fields with help text and limits; the command line makes a flag of each."""
 
 import dataclasses
 from typing import Any

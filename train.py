@@ -10,6 +10,7 @@ Data flows one way: files → one uint8 tensor on the device → views → netwo
 metrics.csv and checkpoints → plots. The same command again continues where it stopped.
 """
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -18,21 +19,21 @@ from typing import Any, NamedTuple
 from harness import errors
 
 if __name__ == "__main__":
-    errors.before_imports()
+    errors.before_imports()  # which take seconds: Ctrl-C or too little memory in them is one line, no traceback
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from augment import Batch, EpochDraws, batch_of, draw_epoch, take_samples
-from data import DataSet, balanced_indices
+from augment import Batch, EpochDraws, augmented_batch, draw_epoch, take_samples
+from data import Split, balanced_indices
 from harness import checkpoint, distributed, scoring
 from harness.channel_padding import with_padded_channels
-from harness.cli import Runtime, default_run_folder, parse_train, train_parser
+from harness.cli import Runtime, default_run_folder, parse_train, usage_error
 from harness.compiled import CompiledForm
 from harness.cost import next_epoch_seconds
 from harness.graphs import Graphs
-from harness.images import identity, load_images
+from harness.images import fingerprint, load_images
 from harness.interrupt import Interrupt, Stopped
 from harness.machine import Machine, start_machine
 from harness.metrics import hits_and_loss
@@ -42,50 +43,41 @@ from harness.run_folder import RunFolder
 from harness.teachers import Teachers, digest, load_teachers
 from losses import LabelSmoothingLoss, distillation_loss
 from optim import RunningAverage, build_optimizer, portable_state, rates_on_device
-from recipes import Recipe, Stage, build_network, replace
+from recipes import Recipe, Stage, build_network
 from scheduler import DecayingCosineWarmRestarts
 
 
 def main(argv: list[str] | None = None) -> int:
     recipe, runtime = parse_train(argv)
-    interrupt = Interrupt(runtime.max_minutes, distributed.rank_and_world()[1])
+    interrupt = Interrupt(runtime.max_minutes, distributed.world_size())  # --max-minutes counts from here
     machine = start_machine(runtime)
     with distributed.leader_first():
-        dataset, train, val = load_images(recipe, runtime.data_dir, runtime.images)
+        split = load_images(recipe, runtime.data_dir, runtime.images)
     if runtime.images:
-        recipe = suit_folder(recipe, runtime, dataset, train, val)
-    samples = len(train) * recipe.views_per_image
+        recipe = suit_folder(recipe, runtime, split)
+    samples = len(split.train) * recipe.views_per_image
     if any(stage.epochs and stage.batch > samples for stage in recipe.stages):
-        train_parser().error(f"--batch is more than an epoch's {samples} samples")
-    teachers = load_teachers(runtime.teacher, dataset, val, runtime.data_dir)
-    recipe = replace(recipe, {"teachers": [digest(teacher) for teacher in teachers]})
+        usage_error(f"--batch is more than an epoch's {samples} samples")
+    teachers = load_teachers(runtime.teacher, split.dataset, split.val, runtime.data_dir)
+    recipe = dataclasses.replace(recipe, teachers=tuple(map(digest, teachers)))
+    classes = split.dataset.classes
     try:
-        trainer = Trainer(recipe, len(dataset.classes), machine, [teacher.model for teacher in teachers])
+        trainer = Trainer(recipe, len(classes), machine, [teacher.model for teacher in teachers])
     except ValueError as error:
-        train_parser().error(str(error))
-    run = RunFolder(
-        default_run_folder(recipe, runtime), recipe, dataset.classes, identity(dataset, train, val), machine
-    )
+        usage_error(str(error))
+    run = RunFolder(default_run_folder(recipe, runtime), recipe, classes, fingerprint(split), machine)
     with run.locked():
-        return fit(trainer, run, dataset, train, val, runtime, interrupt)
+        return fit(trainer, run, split, runtime, interrupt)
 
 
-def fit(
-    trainer: "Trainer",
-    run: RunFolder,
-    dataset: DataSet,
-    train: Tensor,
-    val: Tensor,
-    runtime: Runtime,
-    interrupt: Interrupt,
-) -> int:
+def fit(trainer: "Trainer", run: RunFolder, split: Split, runtime: Runtime, interrupt: Interrupt) -> int:
     """Begin or continue a run, train to the end of the recipe or until interrupted; returns the exit status."""
     status = 0
-    begin_or_continue(trainer, run, len(train), runtime)
+    begin_or_continue(trainer, run, len(split.train), runtime)
     interrupt.listen()
     try:
         with interrupt.before_peer_loss(), errors.memory_reported(run.what_needs_memory):
-            train_stages(trainer, run, dataset, train, val, interrupt)
+            train_stages(trainer, run, split, interrupt)
     except Stopped as stop:
         reason, status = stop.args
         print(f"stopped: {reason}")
@@ -96,40 +88,50 @@ def fit(
     return status
 
 
-def begin_or_continue(trainer: "Trainer", run: RunFolder, images: int, runtime: Runtime) -> None:
+def begin_or_continue(trainer: "Trainer", run: RunFolder, train_count: int, runtime: Runtime) -> None:
     """Put the trainer into the state that the run folder holds, if any; else start from --init, or from scratch."""
+    if runtime.overwrite and run.recipe.init:
+        take_weights(trainer, run.recipe.init)  # or refuse them, before anything is removed
     with distributed.leader_first():
         state = run.resume(runtime.overwrite, runtime.tensorboard)
-    trainer.recipe = recipe = run.recipe  # of a run that an older version began, with that version's rules
+    trainer.recipe = recipe = run.recipe  # resume may have brought back the rules of an older version
     if distributed.max_over_ranks(run.epochs_done) != run.epochs_done:
         raise errors.RunError(f"{run.folder} is not one and the same folder for all processes")
     if run.epochs_done == recipe.epochs:
         print("this run is finished; --overwrite starts anew")
-        return
+        return  # train_stages finds nothing left to do
     stage_index, epoch = recipe.stage_and_epoch(run.epochs_done)
     if state:
         with checkpoint.mismatch_reported(run.folder / "last.pt"):
-            trainer.net.load_state_dict(state["model"])
-            if epoch:  # within a stage; between two stages the weights alone go on
-                trainer.begin_stage(recipe.stages[stage_index], images)
+            if epoch:
+                trainer.begin_stage(recipe.stages[stage_index], train_count)
                 trainer.restore(state)
+            else:  # between two stages the weights alone go on
+                trainer.net.load_state_dict(state["model"])
     elif recipe.init:
-        with checkpoint.mismatch_reported(recipe.init):
-            trainer.net.load_state_dict(checkpoint.load_network(recipe.init).model.state_dict())
-    for number, stage in enumerate(recipe.stages, 1):
-        if stage.unused_crop_sizes:
-            sizes = ", ".join(map(str, stage.unused_crop_sizes))
-            trainer.machine.note(f"stage {number} has {stage.epochs} epochs: too few for its crop size(s) {sizes} px")
+        take_weights(trainer, recipe.init)
+    note_unused_crop_sizes(recipe, trainer.machine)
     run.write_config(runtime, trainer.net)
     print(f"{run.folder}: {recipe.name}, {run.epochs_done} of {recipe.epochs} epochs done")
     print(trainer.machine, flush=True)
 
 
-def train_stages(
-    trainer: "Trainer", run: RunFolder, dataset: DataSet, train: Tensor, val: Tensor, interrupt: Interrupt
-) -> None:
+def take_weights(trainer: "Trainer", source: str) -> None:
+    """Start from the weights of a checkpoint or run folder. Raises RunError if they cannot be read, or do not fit."""
+    with checkpoint.mismatch_reported(source):
+        trainer.net.load_state_dict(checkpoint.load_network(source).model.state_dict())
+
+
+def note_unused_crop_sizes(recipe: Recipe, machine: Machine) -> None:
+    for number, stage in enumerate(recipe.stages, 1):
+        if stage.unused_crop_sizes:
+            sizes = ", ".join(map(str, stage.unused_crop_sizes))
+            machine.note(f"stage {number} has {stage.epochs} epochs: too few for its crop size(s) {sizes} px")
+
+
+def train_stages(trainer: "Trainer", run: RunFolder, split: Split, interrupt: Interrupt) -> None:
     """The loop over stages; the original has two, 300 epochs at 70 px and 140 at 120. Raises Stopped to end early."""
-    recipe, machine = trainer.recipe, trainer.machine
+    recipe, machine, (dataset, train, val) = trainer.recipe, trainer.machine, split
     images = machine.hold(dataset.images)
     labels, val = dataset.labels.to(images.device), val.to(images.device)
     progress = Progress(machine, recipe, trainer.net, run.images, len(dataset.classes))
@@ -138,13 +140,12 @@ def train_stages(
         stage_index, epoch = recipe.stage_and_epoch(run.epochs_done)
         stage = recipe.stages[stage_index]
         size = stage.crop_size_at(epoch)
-        if epoch == 0:
-            trainer.begin_stage(stage, len(train))
         seed = (recipe.seed, stage_index, epoch)
-        shown = balanced_indices(train, dataset.labels, seed) if recipe.balance else train
-        draws = draw_epoch(shown, recipe.views_per_image, stage.batch, recipe.augmentation_at(run.epochs_done), seed)
+        indices = balanced_indices(train, dataset.labels, seed) if recipe.balance else train
+        draws = draw_epoch(indices, recipe.views_per_image, stage.batch, recipe.augmentation_at(run.epochs_done), seed)
         draws = draws.to(machine.device, images.device)
         if epoch == 0:
+            trainer.begin_stage(stage, len(train))
             run.draw_views(stage_index, images, labels, draws, size)
         rate = trainer.learning_rate
         with distributed.peer_loss_reported(), progress.epoch(run.epochs_done, run.rows) as tick:
@@ -154,7 +155,7 @@ def train_stages(
                 interrupt.stop_if_signalled()
 
             result = trainer.train_epoch(images, labels, draws, stage, size, after_step)
-        learnt = time.monotonic()
+        trained_at = time.monotonic()
         tta = recipe.tta_at(run.epochs_done)
         val_loss, val_accuracy = trainer.validate(images, labels, val, stage.eval_size, tta)
         run.require_finite(result.losses, result.finite, val_loss)  # nothing of the epoch is committed yet
@@ -173,13 +174,16 @@ def train_stages(
             trainer.state(),
         )
         if run.epochs_done < recipe.epochs:
-            took = (learnt - began - progress.cold_seconds, time.monotonic() - learnt)
-            interrupt.stop_if_out_of_time(next_epoch_seconds(recipe, run.epochs_done, *took))
+            train_seconds = trained_at - began - progress.cold_seconds  # without compiling
+            rest_seconds = time.monotonic() - trained_at  # validation, checkpoint, plots
+            interrupt.stop_if_out_of_time(next_epoch_seconds(recipe, run.epochs_done, train_seconds, rest_seconds))
     distributed.leave()
 
 
 class EpochResult(NamedTuple):
-    """Of one epoch's steps: losses float32 (steps,), right answers, samples seen; is all that was learnt finite?"""
+    """An epoch's figures: the loss of each step, float32 (steps,), right answers, samples; whether weights,
+    statistics and optimiser are all finite.
+    """
 
     losses: Tensor
     hits: int
@@ -196,15 +200,19 @@ class Trainer:
             torch.manual_seed(recipe.seed)
             self.net = build_network(recipe, classes)
         self.net.to(machine.device, memory_format=torch.channels_last)
-        plain = machine.compile or machine.device.type != "cpu"
-        self.form = CompiledForm(self.net if plain else with_padded_channels(self.net, recipe, classes), machine)
-        self.step_model = distributed.parallel(self.form)  # its weights are those of `net`
+        # The weights are net's in every form: on a CPU its channels are padded, then it is compiled, then averaged over
+        # processes.
+        pads = machine.device.type == "cpu" and not machine.compile
+        padded = with_padded_channels(self.net, recipe, classes) if pads else self.net
+        self.form = CompiledForm(padded, machine)
+        self.step_model = distributed.parallel(self.form)
         self.graphs = Graphs(machine)
         self.teachers = Teachers(teachers, recipe.teacher_temperature, machine) if teachers else None
-        self.loss = LabelSmoothingLoss(classes, recipe.label_smoothing, reduction="none")
+        self.loss = LabelSmoothingLoss(classes, recipe.label_smoothing, reduction="none")  # of each sample
         self.average: RunningAverage | None = None
-        self.optimizer: torch.optim.Optimizer
+        self.optimizer: torch.optim.Optimizer  # this and what follows is made by begin_stage
         self.schedule: LRScheduler
+        self.scaler: torch.amp.GradScaler
 
     @property
     def eval_model(self) -> nn.Module:
@@ -213,27 +221,28 @@ class Trainer:
 
     @property
     def learning_rate(self) -> float:
-        """The rate of the next step, of all but Muon's filters."""
+        """The next step's learning rate (Muon's filters take a share of it)."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def begin_stage(self, stage: Stage, images: int) -> None:
-        """Start a stage over `images` training images: the weights stay; optimiser, schedule and average are new."""
+    def begin_stage(self, stage: Stage, train_count: int) -> None:
+        """Start a stage over so many training images: the weights stay; optimiser, schedule and average are new."""
         recipe = self.recipe
         self.optimizer = build_optimizer(recipe, stage, self.net, self.machine.precision)
         fp16 = self.machine.precision is torch.float16
         self.scaler = torch.amp.GradScaler(self.machine.device.type, enabled=fp16)
         if recipe.rate_by_step:
-            steps = recipe.steps(stage, images)
+            steps = recipe.steps_per_epoch(stage, train_count)  # LambdaLR takes factors of each group's own peak
             self.schedule = LambdaLR(self.optimizer, lambda step: recipe.learning_rate(stage, step / steps) / stage.lr)
         else:
-            cycles = (recipe.cycle, recipe.cycle_growth, recipe.cycle_decay)
-            self.schedule = DecayingCosineWarmRestarts(self.optimizer, *cycles)
+            self.schedule = DecayingCosineWarmRestarts(
+                self.optimizer, recipe.cycle, recipe.cycle_growth, recipe.cycle_decay
+            )
         if recipe.average:
             self.average = RunningAverage(self.net, recipe.average, recipe.average_warmup)
-        self._capture_anew()
+        self._reset_graphs()
 
-    def _capture_anew(self) -> None:
-        """Make ready for capturing the step: with the optimiser's state in another place, graphs are stale."""
+    def _reset_graphs(self) -> None:
+        """Drop captured graphs, which point at the old optimiser's state, and keep the rates where they read them."""
         self.graphs.forget()
         if self.graphs.enabled:
             rates_on_device(self.optimizer, self.machine.device)
@@ -243,8 +252,8 @@ class Trainer:
     ) -> EpochResult:
         """One pass over the drawn samples: uint8 images (N, 3, H, W) and int64 labels (N,), where `hold` put them.
 
-        `batch_of` makes the views: rotation, crop, flips, colours; then it normalises, erases and mixes (unmixed draws
-        have a share of 1). Nothing waits for the device before the end; `tick` runs after each step and may raise.
+        `augmented_batch` makes the views: rotation, crop, flips, colours; then it normalises, erases and mixes.
+        Nothing waits for the device before the end; `tick` runs after each step and may raise.
         Of several processes each takes its share of every batch, and mixes samples within that share only. BatchNorm
         normalises by the share, too, and keeps the leader's running statistics. The result is that of all shares.
         """
@@ -253,51 +262,57 @@ class Trainer:
         steps = len(draws.order) // stage.batch
         losses = torch.zeros(steps, device=self.machine.device)
         hits = torch.zeros((), dtype=torch.int64, device=self.machine.device)
+        options = self.recipe.augmentation  # also in epochs without mixing: their draws mix nothing, and graphs stay
         for step in range(steps):
             samples = take_samples(images, labels, draws, self.machine.share_of_batch(step, stage.batch))
-            views = (draws.colour_orders[step], size, self.recipe.augmentation)
-            batch = self.graphs.run(batch_of, samples, *views, warm=1)
-            losses[step], right = self.step(batch)
-            hits += right
+            batch = self.graphs.run(augmented_batch, samples, draws.colour_orders[step], size, options, warm=1)
+            losses[step], step_hits = self.step(batch)
+            hits += step_hits
             tick()
         if not self.recipe.rate_by_step:
             self.schedule.step()
         return self._result(losses, hits, steps * stage.batch)
 
     def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Learn from one batch; mean loss and number of right answers, on the device."""
-        loss, right = self.graphs.run(self.learn, batch)
+        """Learn from one batch. Returns the mean loss and the number of right answers, still on the device."""
+        loss, hits = self.graphs.run(self.learn, batch)
         if self.recipe.rate_by_step:
             self.schedule.step()
         if self.average is not None:
             self.average.update()
-        return loss, right
+        return loss, hits
 
     def learn(self, x: Tensor, labels: Tensor, other_labels: Tensor, own_share: Tensor) -> tuple[Tensor, Tensor]:
         """Forward pass, loss, backward pass, update: of normalised views (B, 3, s, s) and the fields of a `Batch`."""
         x = x.contiguous(memory_format=torch.channels_last)
-        answers = None if self.teachers is None else self.teachers(x)
+        teachers_answers = None if self.teachers is None else self.teachers(x)
+        larger_label = torch.where(own_share >= 0.5, labels, other_labels)
 
-        def forward_and_backward() -> tuple[Tensor, Tensor]:
+        def forward_and_backward() -> tuple[Tensor, Tensor]:  # run again, uncompiled, where compiling fails
             with self.machine.autocast():
                 logits = self.step_model(x)
-            logits, shown = logits.float(), labels
-            loss = self.loss(logits, labels)
-            if self.recipe.augmentation.mixes:
-                loss = own_share * loss + (1 - own_share) * self.loss(logits, other_labels)
-                shown = torch.where(own_share >= 0.5, labels, other_labels)
-            if answers is not None:
-                share, temperature = self.recipe.label_share, self.recipe.teacher_temperature
-                loss = share * loss + (1 - share) * distillation_loss(logits, answers, temperature)
-            loss = loss.mean()
+            logits = logits.float()
+            loss = self.batch_loss(logits, labels, other_labels, own_share, teachers_answers)
             self.scaler.scale(loss).backward()
-            return loss.detach(), (logits.detach().argmax(1) == shown).sum()
+            return loss.detach(), (logits.detach().argmax(1) == larger_label).sum()
 
         self.optimizer.zero_grad()
-        loss, right = self.form.attempt(forward_and_backward, x.shape)
+        loss, hits = self.form.attempt(forward_and_backward, x.shape)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return loss, right
+        return loss, hits
+
+    def batch_loss(
+        self, logits: Tensor, labels: Tensor, other_labels: Tensor, own_share: Tensor, teachers_answers: Tensor | None
+    ) -> Tensor:
+        """Mean loss of logits (B, K): by the labels, mixed as the views are, and by the teachers' probabilities."""
+        loss = self.loss(logits, labels)
+        if self.recipe.augmentation.mixes:
+            loss = own_share * loss + (1 - own_share) * self.loss(logits, other_labels)
+        if teachers_answers is not None:
+            share, temperature = self.recipe.label_share, self.recipe.teacher_temperature
+            loss = share * loss + (1 - share) * distillation_loss(logits, teachers_answers, temperature)
+        return loss.mean()
 
     def _result(self, losses: Tensor, hits: Tensor, samples: int) -> EpochResult:
         """Fetch an epoch's figures from the device, all at once, and put those of all processes together."""
@@ -315,9 +330,9 @@ class Trainer:
     def validate(
         self, images: Tensor, labels: Tensor, val: Tensor, size: int, tta: str
     ) -> tuple[float | None, float | None]:
-        """Loss and accuracy on the images `val` (indices), clean, at `size` px, in eval mode, over the forms `tta`.
+        """Loss and accuracy on the images `val` (indices), clean, at `size` px, in eval mode, averaged as `tta` says.
 
-        None without images, and in processes that do not lead.
+        (None, None) without validation images, and in processes that do not lead.
         """
         if not len(val) or not self.machine.leads:
             return None, None
@@ -346,7 +361,7 @@ class Trainer:
         self.schedule.load_state_dict(state["schedule"])
         if state.get("scaler") and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-        self._capture_anew()
+        self._reset_graphs()
 
 
 if __name__ == "__main__":

@@ -1,1 +1,9 @@
-"""What keeps a run safe, shown and described; the method itself stands one floor up, in the project's folder."""
+"""Everything around the method: commands import it, it imports the method, the method imports none of it.
+
+command line and machine   cli machine distributed interrupt errors
+speed                      compiled graphs channel_padding cost progress baseline
+images                     images download demo_shapes; one's own: picture_*
+a run                      run_folder run_plots checkpoint ownership files tensorboard_log teachers
+scoring                    scoring metrics report scoring_ledger
+drawing and text           plots canvas text
+"""

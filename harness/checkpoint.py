@@ -20,7 +20,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -77,8 +77,10 @@ def load(path: Path, kind: str | None = None) -> dict[str, Any]:
 def _load(path: Path, kind: str | None = None) -> tuple[dict[str, Any], str]:
     """What `load` returns, and the SHA-256 of the file that it was read from."""
     try:
-        content = path.read_bytes()
-        payload = _read(content)
+        with open(path, "rb") as file:  # which stays the same one when a run that goes on replaces it
+            payload = _read(file)
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise RunError(f"cannot read {path}: {reason(error)}") from error
     except pickle.UnpicklingError as error:
@@ -93,17 +95,17 @@ def _load(path: Path, kind: str | None = None) -> tuple[dict[str, Any], str]:
         raise RunError(f"{path} has format {payload['format']}, this version reads up to {FORMAT}; use a newer version")
     if kind is not None and payload.get("kind") != kind:
         raise RunError(f"{path} holds {payload.get('kind')!r}, not {kind!r}")
-    return payload, hashlib.sha256(content).hexdigest()
+    return payload, digest
 
 
-def _read(content: bytes) -> Any:
+def _read(file: BinaryIO) -> Any:
     """Torch is given a copy of what has the right checksum: it looks at none, and trusts the archive's directory."""
-    checked = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(checked, "w") as copy:
+    checked, size = io.BytesIO(), os.fstat(file.fileno()).st_size
+    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(checked, "w") as copy:
         for member in archive.infolist():
             if member.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"{member.filename} is compressed")
-            if member.file_size > len(content):  # memory is asked for by what it says
+            if member.file_size > size:  # memory is asked for by what it says
                 raise ValueError(f"{member.filename} is longer than the file")
             copy.writestr(member.filename, archive.read(member))
     checked.seek(0)
@@ -198,13 +200,8 @@ class TrainedNetwork:
 
 
 def weights_file(path: Path, best: bool = False) -> Path:
-    """The checkpoint that `path` names: itself, or of a run folder its last one (with `best` its best one).
-
-    Raises RunError where `best` is asked of a file.
-    """
+    """The checkpoint that `path` names: itself, or of a run folder its last one (with `best` its best one)."""
     if not path.is_dir():
-        if best:
-            raise RunError(f"--best takes the best epoch of a run folder, and {path} is none")
         return path
     names = ("best.pt",) if best else ("last.pt", "previous.pt", "best.pt")
     return path / next((name for name in names if (path / name).exists()), names[0])

@@ -2,13 +2,14 @@
 
 import argparse
 import glob
+import os
 import re
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import recipes
 from augment import ViewOptions
@@ -52,6 +53,7 @@ class Runtime:
 
 
 MACHINE_FLAGS = ("device", "threads", "precision")
+LARGEST_TOLD = 1024  # an upper limit beyond it is one against slips
 
 
 def train_parser() -> argparse.ArgumentParser:
@@ -74,10 +76,25 @@ def train_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def usage_error(message: str) -> NoReturn:
+    """End `train.py` as its parser does: usage, one sentence, status 2."""
+    train_parser().error(message)
+
+
+def add_best(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--best", action="store_true", help="of a run folder take best.pt (default: its last.pt)")
+
+
+def refuse_idle_best(parser: argparse.ArgumentParser, best: bool, paths: Collection[Path]) -> None:
+    """End the process with status 2 where --best is given, but no run folder that it could be about."""
+    if best and all(map(os.path.isfile, paths)):
+        parser.error(f"--best takes the best epoch of a run folder, not of a file ({', '.join(map(str, paths))})")
+
+
 def network_parser(name: str, description: str) -> argparse.ArgumentParser:
     """The command line of a command that uses trained networks: with `--best` and the machine's flags."""
     parser = argparse.ArgumentParser(prog=name, description=description, allow_abbrev=False)
-    parser.add_argument("--best", action="store_true", help="of a run folder take best.pt (default: its last.pt)")
+    add_best(parser)
     add_flags(parser.add_argument_group("machine"), Runtime, MACHINE_FLAGS, with_defaults=True)
     return parser
 
@@ -113,16 +130,21 @@ def add_flags(group: Any, settings: type, names: Collection[str] | None = None, 
             options |= {"type": file_path if hint is Path else hint, "nargs": "+" if per_stage else None}
             options["metavar"] = None if options["choices"] else _metavar(hint)
         flag = item.metadata.get("flag", item.name).replace("_", "-")
-        group.add_argument(f"--{flag}", help=_help(item.metadata["help"], item.default, per_stage), **options)
+        group.add_argument(f"--{flag}", help=_help(item.metadata, item.default, per_stage), **options)
 
 
 def _metavar(kind: type) -> str:
     return {int: "N", float: "X", Path: "PATH"}.get(kind, "NAME")
 
 
-def _help(text: str, default: Any, per_stage: bool) -> str:
+def _help(setting: Mapping[str, Any], default: Any, per_stage: bool) -> str:
+    """A setting's help text, its limits but those that hold back nothing, and its default."""
+    text, notes = setting["help"].replace("%", "%%"), []
+    if "high" in setting and setting["high"] <= LARGEST_TOLD:
+        notes += [f"{setting['low']:g} to {setting['high']:g}" if "low" in setting else f"up to {setting['high']:g}"]
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-    return text.replace("%", "%%") + ("" if per_stage or shown in (None, "") else f" (default: {shown})")
+    notes += [] if per_stage or shown in (None, "") else [f"default: {shown}"]
+    return text + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -156,42 +178,21 @@ def parse_train(argv: list[str] | None = None) -> tuple[Recipe, Runtime]:
         parser.error("--demo draws its own pictures; for those of --images give --recipe demo")
     if recipe.fold is not None and (runtime.images or recipe.name == "demo"):
         parser.error("--fold is one of STL-10's official folds: there are none of other pictures")
-    world = distributed.rank_and_world()[1]
+    world = distributed.world_size()
     for stage in recipe.stages:
         if stage.epochs and stage.batch % world:
             parser.error(f"--batch {stage.batch} cannot be shared equally by {world} processes")
-    for name, why in idle_flags(recipe, runtime).items():
-        if name in args:
-            parser.error(f"--{name.replace('_', '-')} is of no use {why}")
+    idle = recipe.idle
+    idle |= {} if runtime.teacher else dict.fromkeys(("teacher_temperature", "label_share"), "without --teacher")
+    idle |= {} if runtime.images else {"image_size": "without --images: STL-10's are 96 px"}
+    for name in idle.keys() & args.keys():
+        parser.error(f"--{name.replace('_', '-')} is of no use {idle[name]}")
     out = default_run_folder(recipe, runtime)
     refuse_among_pictures(parser, out, runtime.images)
     for path in (*runtime.teacher, *([Path(recipe.init)] if recipe.init else [])):
         if runtime.overwrite and path.resolve().is_relative_to(out.resolve()):
-            parser.error(f"--overwrite would remove {path}, which the run learns from; give another --out")
+            parser.error(f"--overwrite starts anew in {out}, where {path} lies, which the run learns from; see --out")
     return recipe, runtime
-
-
-def idle_flags(recipe: Recipe, runtime: Runtime) -> dict[str, str]:
-    """The flags that would change nothing in a run with these settings, and why."""
-    idle, views = {}, recipe.augmentation
-    if not runtime.teacher:
-        idle |= dict.fromkeys(("teacher_temperature", "label_share"), "without --teacher")
-    if not runtime.images:
-        idle["image_size"] = "without --images: STL-10's are 96 px"
-    if not views.mixes:
-        idle["mix_probability"] = "without --mixup or --cutmix"
-    if not views.erase:
-        idle["erase_size"] = "without --erase"
-    if recipe.schedule == "restarts":
-        idle["warmup"] = "with --schedule restarts"
-    else:
-        idle |= dict.fromkeys(("cycle", "cycle_growth", "cycle_decay"), f"with --schedule {recipe.schedule}")
-    if not recipe.average:
-        idle["average_warmup"] = "without --average"
-    if recipe.fold is not None or recipe.train_on == "all":
-        why = "with --train-on all" if recipe.fold is None else "with --fold"
-        idle |= dict.fromkeys(("split_seed", "val_fraction"), why)
-    return idle
 
 
 def refuse_among_pictures(parser: argparse.ArgumentParser, out: Path, images: Path | None) -> None:
@@ -234,7 +235,7 @@ def expanded(paths: Iterable[Path]) -> list[Path]:
 
 
 def _matches(path: Path) -> list[Path]:
-    matches = sorted(glob.glob(str(path))) if glob.has_magic(str(path)) and not path.exists() else []
+    matches = sorted(glob.glob(str(path))) if glob.has_magic(str(path)) and not os.path.lexists(path) else []
     return [Path(match) for match in matches] or [path]
 
 

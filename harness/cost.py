@@ -36,16 +36,16 @@ def seconds_at_rates(
     return sum(count / rates[size] for size, count in epochs.items()) * images * recipe.views_per_image
 
 
-def next_epoch_seconds(recipe: Recipe, epochs_done: int, learning: float, scoring: float) -> float:
-    """Seconds to expect of the epoch after `epochs_done` finished ones, by what the last `learning` and `scoring` took.
+def next_epoch_seconds(recipe: Recipe, epochs_done: int, train_seconds: float, rest_seconds: float) -> float:
+    """Seconds to expect of the epoch after `epochs_done` finished ones, by what the last one's training and rest took.
 
-    Both grow with the pixels, those of scoring with the forms of each image.
+    Both grow with the pixels; the rest is scoring above all, whose pixels are those of all forms of an image.
     """
     before, after = epochs_done - 1, epochs_done
     eval_sizes = [recipe.stages[recipe.stage_and_epoch(done)[0]].eval_size for done in (before, after)]
     forms = PIXELS[recipe.tta_at(after)] / PIXELS[recipe.tta_at(before)]
-    learning *= (recipe.crop_size_at(after) / recipe.crop_size_at(before)) ** 2
-    return learning + scoring * (eval_sizes[1] / eval_sizes[0]) ** 2 * forms
+    train_seconds *= (recipe.crop_size_at(after) / recipe.crop_size_at(before)) ** 2
+    return train_seconds + rest_seconds * (eval_sizes[1] / eval_sizes[0]) ** 2 * forms
 
 
 def _rate(machine: Machine, net: nn.Module, size: int) -> float:

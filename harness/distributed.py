@@ -40,6 +40,11 @@ def rank_and_world() -> tuple[int, int, int]:
         raise RunError("WORLD_SIZE without whole RANK and LOCAL_RANK; start with torchrun, or unset it") from error
 
 
+def world_size() -> int:
+    """How many processes train together."""
+    return rank_and_world()[1]
+
+
 def join(device: torch.device) -> None:
     """Join the other processes; from now on only the leader prints. Raises PeerLost if they do not appear."""
     rank, world, _ = rank_and_world()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import data
-from data import DataSet
+from data import DataSet, Split
 from harness import demo_shapes, download, picture_folder
 from harness.checkpoint import TrainedNetwork
 from harness.cli import Runtime
@@ -25,16 +25,14 @@ class Source(NamedTuple):
     images: Path | None
 
 
-def load_images(
-    recipe: Recipe, data_dir: Path, images: Path | None = None, *, fetch: bool = True
-) -> tuple[DataSet, Tensor, Tensor]:
-    """A recipe's images, and the int64 indices of those that train and of those that validate (none with train_on all).
+def load_images(recipe: Recipe, data_dir: Path, images: Path | None = None, *, fetch: bool = True) -> Split:
+    """A recipe's images, those that train and those that validate (none with train_on all).
 
     They come from the folder `images` if one is given, else from `data_dir`; official files that are missing there
     are fetched first, with `fetch`. Raises RunError.
     """
     dataset = _read(recipe, data_dir, images, fetch)
-    return dataset, *split_by(recipe, dataset, data_dir)
+    return Split(dataset, *split_by(recipe, dataset, data_dir))
 
 
 def _read(recipe: Recipe, data_dir: Path, images: Path | None, fetch: bool) -> DataSet:
@@ -94,7 +92,7 @@ def load_test_images(trained: TrainedNetwork, source: Source) -> DataSet:
     if source.images is not None:
         dataset, others = picture_folder.load_test(source.images, trained.recipe.image_size)
         if others and "digest" in trained.images:
-            known = identity(others, *split_by(trained.recipe, others, source.data_dir))
+            known = fingerprint(Split(others, *split_by(trained.recipe, others, source.data_dir)))
             if known != trained.images:
                 raise RunError(
                     f"the pictures in {source.images} are not those that this network was trained with, so it may have "
@@ -122,7 +120,7 @@ def recorded_source(path: Path, data_dir: Path | None = None, images: Path | Non
     try:
         runtime = json.loads(config.read_text(encoding="utf-8"))["runtime"]
         recorded = Source(Path(runtime["data_dir"]), Path(runtime["images"]) if runtime.get("images") else None)
-        if not recorded.data_dir.is_dir():  # the run was brought here from another machine: its paths are not ours
+        if not os.path.isdir(recorded.data_dir):  # brought here from another machine: its paths are not ours
             recorded = recorded._replace(data_dir=Runtime.data_dir)
         if recorded.images and not os.path.isdir(recorded.images):
             recorded = recorded._replace(images=None)
@@ -131,9 +129,10 @@ def recorded_source(path: Path, data_dir: Path | None = None, images: Path | Non
     return Source(data_dir or recorded.data_dir, images or (None if data_dir else recorded.images))
 
 
-def identity(dataset: DataSet, train: Tensor, val: Tensor) -> dict[str, int | str]:
+def fingerprint(split: Split) -> dict[str, int | str]:
     """What a checkpoint keeps to know its images again: how many train and validate, and the digest of a user's own."""
-    return {"train": len(train), "val": len(val)} | ({"digest": dataset.digest} if dataset.digest else {})
+    digest = {"digest": split.dataset.digest} if split.dataset.digest else {}
+    return {"train": len(split.train), "val": len(split.val)} | digest
 
 
 def _require_folder(trained: TrainedNetwork, source: Source) -> None:
@@ -141,16 +140,16 @@ def _require_folder(trained: TrainedNetwork, source: Source) -> None:
         raise RunError("this network was trained with a folder of pictures; name it with --images")
 
 
-def load_for_network(trained: TrainedNetwork, source: Source, *, fetch: bool) -> tuple[DataSet, Tensor, Tensor]:
+def load_for_network(trained: TrainedNetwork, source: Source, *, fetch: bool) -> Split:
     """`load_images` for a trained network. Raises RunError if it was trained with other images.
 
     With others the split would be another one too, and images that the network has learnt would validate it.
     """
     _require_folder(trained, source)
-    dataset, train, val = load_images(trained.recipe, *source, fetch=fetch)
-    if dataset.classes != trained.classes or identity(dataset, train, val) != trained.images:
+    split = load_images(trained.recipe, *source, fetch=fetch)
+    if split.dataset.classes != trained.classes or fingerprint(split) != trained.images:
         raise RunError(
             f"{source.images or source.data_dir} does not hold the images that this network was trained with; "
             f"name the right folder with {'--images' if source.images else '--data-dir'}"
         )
-    return dataset, train, val
+    return split

@@ -5,6 +5,7 @@ import ctypes
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import sys
 import sysconfig
@@ -22,6 +23,7 @@ from harness.errors import RunError, is_out_of_memory, reason
 
 PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TENSOR_CORES = (7, 0)  # the first capability that multiplies fp16 several times faster than fp32
+WITHOUT_TENSOR_CORES = re.compile(r"GTX 16|\bT(400|500|550|600|1000|1200|2000)\b|\bMX[45]50\b")  # newer, but small
 TRITON = (7, 0)  # the first capability that Triton compiles for
 IMAGES_SHARE = 0.5  # of the device's free memory that images may take
 LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # PyTorch reads it at a process's first tensor
@@ -209,9 +211,9 @@ def _precision(device: torch.device, wanted: str) -> torch.dtype:
 
 
 def _has_tensor_cores(device: torch.device) -> bool:
-    """GTX 16xx cards say capability 7.5 and have none; convolutions in fp16 give NaN on them (PyTorch issue 58123)."""
+    """Whether a card has them: some say capability 7.5 and have none, and give NaN in fp16 (PyTorch issue 58123)."""
     new_enough = torch.cuda.get_device_capability(device) >= TENSOR_CORES
-    return new_enough and "GTX 16" not in torch.cuda.get_device_name(device)
+    return new_enough and not WITHOUT_TENSOR_CORES.search(torch.cuda.get_device_name(device))
 
 
 def _has_native_bf16(device: torch.device) -> bool:

@@ -3,9 +3,7 @@
 import dataclasses
 import math
 
-from torch import Tensor
-
-from data import DataSet
+from data import Split
 from harness import distributed, picture_folder
 from harness.cli import Runtime
 from recipes import MOST_VIEWS, Recipe
@@ -19,8 +17,9 @@ LEAST_BATCH = 32
 UNEQUAL = 3  # times as many pictures in the largest class as in the smallest
 
 
-def suit_folder(recipe: Recipe, runtime: Runtime, dataset: DataSet, train: Tensor, val: Tensor) -> Recipe:
+def suit_folder(recipe: Recipe, runtime: Runtime, split: Split) -> Recipe:
     """The recipe for a folder of the user's own, fitted where nothing is given; says what was found and chosen."""
+    dataset, train, val = split
     print(picture_folder.summary(dataset.classes, dataset.labels, train, val))
     if "recipe" in runtime.by_default:
         print(f"recipe {recipe.name}, as none is given with --recipe")
@@ -30,7 +29,7 @@ def suit_folder(recipe: Recipe, runtime: Runtime, dataset: DataSet, train: Tenso
         in_all = recipe.epochs * views * len(train)
         print(f"{views:,} views of each picture an epoch, {in_all:,} in all; --views sets another number")
     if "batch" in runtime.by_default:
-        usual, recipe = recipe, fit_batches(recipe, len(train), distributed.rank_and_world()[1])
+        usual, recipe = recipe, fit_batches(recipe, len(train), distributed.world_size())
         if recipe != usual:
             batches = " and ".join(f"{stage.batch} at rate {stage.lr:.3g}" for stage in recipe.stages if stage.epochs)
             print(f"batches of {batches}, as the run has few steps; --batch and --lr set others")

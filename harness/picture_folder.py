@@ -125,7 +125,14 @@ def _read(listings: list[Listing], size: int, announce: bool) -> tuple[DataSet, 
             f"class {one_sided[0]} is in only one of {printable(first.folder)} and {printable(last.folder)}: "
             f"in {where.folder.name}" + (f"; so are {len(one_sided) - 1} more" if len(one_sided) > 1 else "")
         )
-    squares = [picture_cache.squares(listing.folder, listing.paths, size) for listing in listings]
+    squares, broken = [], []
+    for listing in listings:
+        try:
+            squares.append(picture_cache.squares(listing.folder, listing.paths, size))
+        except RunError as error:  # the next part is opened all the same, so that all is known and kept
+            broken.append(str(error))
+    if broken:
+        raise RunError("; ".join(broken))
     images = torch.cat(squares) if len(squares) > 1 else squares[0]  # a copy of a large folder is worth avoiding
     labels = torch.cat([listing.labels for listing in listings])
     paths = [path for listing in listings for path in listing.paths]

@@ -22,7 +22,7 @@ SOON, LONG = 60.0, 4 * 3600.0  # seconds
 
 
 class Progress:
-    """Watches the epochs of a run on `images` (see `images.identity`), without waiting for the device.
+    """Watches the epochs of a run on `images` (see `images.fingerprint`), without waiting for the device.
 
     `samples_per_second` and `cold_seconds` are of the epoch last watched: its rate, and what its first steps took
     beyond that, by compilation above all.
@@ -45,7 +45,7 @@ class Progress:
         """
         stage_index, epoch = self.recipe.stage_and_epoch(epochs_done)
         stage = self.recipe.stages[stage_index]
-        size, steps = stage.crop_size_at(epoch), self.recipe.steps(stage, self.images)
+        size, steps = stage.crop_size_at(epoch), self.recipe.steps_per_epoch(stage, self.images)
         compiles = self.machine.compile and (size, stage.batch) not in self._compiled
         self._compiled.add((size, stage.batch))
         if compiles and self.machine.leads:

@@ -251,4 +251,4 @@ def _short(entry: Entry) -> str:
     """Run and file of a network; an ensemble by its size."""
     if len(entry["members"]) > 1:
         return f"ensemble of {len(entry['members'])}"
-    return "/".join(Path(entry["members"][0]["checkpoint"]).parts[-2:])
+    return "/".join(Path(entry["members"][0]["checkpoint"]).absolute().parts[-2:])

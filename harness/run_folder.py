@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from augment import EpochDraws, denormalise, make_batch
-from harness import checkpoint, files, ownership, plots
+from augment import EpochDraws, make_batch
+from harness import checkpoint, files, ownership, run_plots
 from harness.cli import Runtime
 from harness.errors import RunError
 from harness.machine import Machine
@@ -28,7 +28,6 @@ from harness.tensorboard_log import TensorBoardLog
 from harness.text import duration
 from model import count_parameters
 from recipes import Recipe, UnknownSettings, old_rules
-from scheduler import restart_epochs
 
 COLUMNS = (
     "stage",
@@ -42,7 +41,6 @@ COLUMNS = (
     "samples_per_second",
 )
 SECONDS_BETWEEN_PLOTS = 60.0
-ON_SHEET = 32  # views
 
 
 class RunFolder:
@@ -55,7 +53,7 @@ class RunFolder:
         self, folder: Path, recipe: Recipe, classes: tuple[str, ...], images: dict[str, Any], machine: Machine
     ) -> None:
         self.folder, self.recipe, self.classes, self.images, self.machine = folder, recipe, classes, images, machine
-        self.name = folder.absolute().name  # also of "."
+        self.name = folder.resolve().name  # also of "."
         self.rows: list[dict[str, Any]] = []
         self._tensorboard: TensorBoardLog | None = None
         self._drawn = time.monotonic()
@@ -132,7 +130,8 @@ class RunFolder:
         now = {**_flat(self.recipe.as_dict()), "images": self.images, "classes": list(self.classes)}
         recipe = Recipe.from_dict(state["recipe"]).as_dict()  # a setting that is newer than the state has its default
         then = {**_flat(recipe), "images": state["images"], "classes": state["classes"]}
-        changed = [f"{k} was {then.get(k)}, now {now.get(k)}" for k in now | then if now.get(k) != then.get(k)]
+        named = [name for name in now | then if now.get(name) != then.get(name) and name not in self.recipe.idle]
+        changed = [f"{name} was {then.get(name)}, now {now.get(name)}" for name in named]
         if changed:
             raise RunError(
                 f"{self.folder} holds a run with other settings ({'; '.join(changed)}); "
@@ -194,6 +193,7 @@ class RunFolder:
         self.rows.append(row)
         if not self.machine.leads:
             return
+        machine = self.machine.as_dict()
         state = {
             "kind": "run",
             "recipe": self.recipe.as_dict(),
@@ -201,7 +201,8 @@ class RunFolder:
             "images": self.images,
             "eval_size": self.recipe.stages[row["stage"] - 1].eval_size,
             "epoch": row["epoch"],
-            **{name: self.machine.as_dict()[name] for name in ("precision", "processes")},
+            "precision": machine["precision"],
+            "processes": machine["processes"],
             "notes": self.machine.notes,
             "rows": self.rows,
             **trained,
@@ -249,55 +250,15 @@ class RunFolder:
             return
         rows = slice(0, self.recipe.stages[stage_index].batch)
         batch = make_batch(images, labels, draws, 0, rows, size, self.recipe.augmentation)
-        views = denormalise(batch.x[:ON_SHEET]).clamp(0, 1).cpu()
-        plots.sample_sheet(
-            self.folder / f"views-stage{stage_index + 1}.png",
-            views.numpy(),
-            [self._label(*mixed) for mixed in zip(*(part[:ON_SHEET].tolist() for part in batch[1:]), strict=True)],
-            columns=8,
-            heading=f"{self.name}, stage {stage_index + 1}: training views at {size} px",
-        )
-
-    def _label(self, label: int, other: int, share: float) -> str:
-        """What a view shows; where it is mixed of two classes, the larger part first."""
-        if label == other or round(share * 100) in (0, 100):
-            return plots.beside(self.classes[label if share >= 0.5 else other])
-        parts = sorted([(share, self.classes[label]), (1 - share, self.classes[other])], reverse=True)
-        return "\n".join(plots.beside(name, f" {part:.0%}") for part, name in parts)
+        heading = f"{self.name}, stage {stage_index + 1}: training views at {size} px"
+        run_plots.views(self.folder / f"views-stage{stage_index + 1}.png", heading, batch, self.classes)
 
     def draw(self) -> None:
         """Draw the plots of the rows."""
         if not self.rows or not self.machine.leads:
             return
-        recipe = self.recipe
-        shared = {
-            "title": self.name,
-            "restarts": self._restarts(),
-            "stage_names": [f"{'→'.join(map(str, dict.fromkeys(s.crop_size)))} px" for s in recipe.stages],
-        }
-        if self.best is not None:
-            plots.accuracy(self.folder / "accuracy.png", self.rows, val_images=self.images["val"], **shared)
-        plots.losses(self.folder / "losses.png", self.rows, **shared)
-        points = [(n, epoch / 8) for n, stage in enumerate(recipe.stages) for epoch in range(8 * stage.epochs)]
-        at = float if recipe.rate_by_step else int  # a rate that changes with the epoch is that of its beginning
-        plots.learning_rate(
-            self.folder / "learning_rate.png",
-            [recipe.first_epoch_of(index) + epoch for index, epoch in points],
-            [recipe.learning_rate(recipe.stages[index], at(epoch)) for index, epoch in points],
-            [index + 1 for index, _ in points],
-            **shared,
-        )
+        run_plots.curves(self.folder, self.name, self.recipe, self.rows, self.images["val"])
         self._drawn = time.monotonic()
-
-    def _restarts(self) -> list[int]:
-        recipe = self.recipe
-        if recipe.schedule != "restarts":
-            return []
-        cycle = (recipe.cycle, recipe.cycle_growth)
-        stages = enumerate(recipe.stages)
-        return [
-            recipe.first_epoch_of(n) + epoch for n, stage in stages for epoch in restart_epochs(stage.epochs, *cycle)
-        ]
 
     def finish(self, net: torch.nn.Module) -> None:
         """Draw the plots, write `summary.json` and print the result, of as many epochs as there are."""

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from data import DataSet
+from data import DataSet, Split
 from harness import checkpoint
 from harness.checkpoint import TrainedNetwork
 from harness.errors import RunError
-from harness.images import identity, split_by
+from harness.images import fingerprint, split_by
 from harness.machine import Machine
 from losses import softened_mean
 from model import count_parameters
@@ -72,7 +72,7 @@ def _require_fit(teacher: TrainedNetwork, dataset: DataSet, val: Tensor, data_di
     if differing:
         raise RunError(f"{refused}: it knows other classes (not in both: {', '.join(differing)})")
     train, held_out = split_by(teacher.recipe, dataset, data_dir)
-    if teacher.classes != dataset.classes or identity(dataset, train, held_out) != teacher.images:
+    if teacher.classes != dataset.classes or fingerprint(Split(dataset, train, held_out)) != teacher.images:
         raise RunError(f"{refused}: it was trained with other images, and these may show what validates here")
     learnt, how = torch.zeros(len(dataset.labels), dtype=torch.bool), "it has learnt"
     learnt[train] = True

@@ -20,7 +20,7 @@ import torch  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 import train  # noqa: E402
-from data import DataSet, split_indices  # noqa: E402
+from data import DataSet, Split, split_indices  # noqa: E402
 from harness import demo_shapes, errors  # noqa: E402
 from harness.images import load_images  # noqa: E402
 
@@ -107,7 +107,7 @@ def tiny(pictures: bool = False) -> None:
     classes = torch.from_numpy(labels).long() - 1
     dataset = DataSet(torch.from_numpy(images.swapaxes(2, 3).copy()), classes, demo_shapes.DEMO_CLASSES)
     parts = split_indices(dataset.labels)
-    replace(load_images, lambda *_: (dataset, *parts))
+    replace(load_images, lambda *_: Split(dataset, *parts))
     if not pictures:
         Figure.savefig = lambda figure, path, **_: path.write_text(figure.get_suptitle())
 

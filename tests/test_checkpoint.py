@@ -329,10 +329,11 @@ def test_settings_of_another_version_are_named_and_nothing_is_lost(folder: Path,
     assert hashes(folder) == before
 
 
-def test_best_is_asked_of_a_folder(tiny_run: Path) -> None:
-    assert checkpoint.weights_file(tiny_run, best=True) == tiny_run / "best.pt"
-    with pytest.raises(RunError, match="--best takes the best epoch of a run folder"):
-        checkpoint.weights_file(tiny_run / "last.pt", best=True)
+def test_a_setting_without_effect_may_differ(folder: Path, tiny_run: Path, small_demo) -> None:
+    """Older versions took flags that change nothing, which are refused by now."""
+    payload = checkpoint.load(folder / "last.pt")
+    checkpoint.save(folder / "last.pt", payload | {"recipe": payload["recipe"] | {"warmup": 0.3}})
+    assert continued(folder, tiny_run) == 0
 
 
 def test_a_network_is_known_by_the_bytes_it_was_read_from(folder: Path) -> None:

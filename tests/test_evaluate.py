@@ -324,6 +324,7 @@ def test_an_ensemble_of_one_folder_is_one_scoring(tiny_run, tmp_path, capsys):
     for times in (1, 2):
         assert run(*both, "--ensemble", "--split", "test") == 0
         assert len(scoring_ledger.read(folder)) == times
+    assert [facts["epoch"] for facts in scoring_ledger.read(folder)[-1]["members"]] == [4, 3]
     assert capsys.readouterr().err.count("was scored on test once before") == 1
 
 

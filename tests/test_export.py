@@ -21,7 +21,7 @@ import export
 import recipes
 from harness import checkpoint, demo_shapes, scoring
 from harness.errors import RunError
-from harness.images import Source, identity, load_images
+from harness.images import Source, fingerprint, load_images
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in export.ONNX_PACKAGES), reason="onnx is not installed"
@@ -200,14 +200,14 @@ def test_torch_is_the_format_and_the_last_epoch_the_network_by_default(
 def test_images_of_the_run_are_compared_where_they_are(tmp_path: Path) -> None:
     pictures = fill(tmp_path / "pictures", 5)
     recipe = recipes.replace(recipes.RECIPES["demo"], {"planes": (2, 2, 2), "image_size": 40})
-    dataset, train, val = load_images(recipe, tmp_path, pictures)
-    payload = {"kind": "weights", "recipe": recipe.as_dict(), "classes": list(dataset.classes), "eval_size": 64}
+    split = load_images(recipe, tmp_path, pictures)
+    payload = {"kind": "weights", "recipe": recipe.as_dict(), "classes": list(split.dataset.classes), "eval_size": 64}
     state = recipes.build_network(recipe, 3).state_dict()
-    payload |= {"images": identity(dataset, train, val), "epoch": 7, "model": state}
+    payload |= {"images": fingerprint(split), "epoch": 7, "model": state}
     checkpoint.save(tmp_path / "best.pt", payload)
     trained = checkpoint.load_network(tmp_path / "best.pt")
     images, origin = export.sample(trained, Source(tmp_path, pictures), True)
-    assert torch.equal(images, dataset.images[val]) and origin == "validation images of the run"
+    assert torch.equal(images, split.dataset.images[split.val]) and origin == "validation images of the run"
     assert export.sample(trained, Source(tmp_path, None), False)[0].shape == (8, 3, 96, 96)
     with pytest.raises(RunError, match="cannot read the folder"):
         export.sample(trained, Source(tmp_path, tmp_path / "absent"), True)

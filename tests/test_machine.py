@@ -145,7 +145,8 @@ def test_images_that_would_fill_a_card_stay_where_they_are(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    "card, precision", [("NVIDIA GeForce GTX 1660 Ti", "fp32"), ("NVIDIA GeForce RTX 2080", "fp16")]
+    "card, precision",
+    [("GeForce GTX 1660 Ti", "fp32"), ("Quadro T1000", "fp32"), ("Tesla T4", "fp16"), ("GeForce RTX 2080", "fp16")],
 )
 def test_fp16_is_for_cards_with_tensor_cores(card: str, precision: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)

@@ -108,8 +108,22 @@ def test_a_run_is_not_overwritten_by_one_that_learns_from_it(flag: str, run: Pat
     before = (run / "last.pt").read_bytes()
     with pytest.raises(SystemExit) as stop:
         trained(run, "--overwrite", flag, run / "last.pt")
-    assert stop.value.code == 2 and f"--overwrite would remove {run / 'last.pt'}" in capsys.readouterr().err
+    assert (
+        stop.value.code == 2 and f"where {run / 'last.pt'} lies, which the run learns from" in capsys.readouterr().err
+    )
     assert (run / "last.pt").read_bytes() == before
+
+
+def test_a_run_is_not_removed_for_weights_that_do_not_fit(run: Path) -> None:
+    before = (run / "last.pt").read_bytes()
+    other = shutil.copy(run / "last.pt", run.parent / "other.pt")
+    with pytest.raises(RunError, match="nothing.pt"):
+        trained(run, "--overwrite", "--init", run.parent / "nothing.pt")
+    with pytest.raises(RunError, match="does not fit"):
+        trained(run, "--overwrite", "--init", other, "--planes", 4, 4, 16)
+    assert (run / "last.pt").read_bytes() == before
+    assert trained(run, "--overwrite", "--init", other, "--seed", 5) == 0
+    assert checkpoint.load_network(run).recipe.seed == 5
 
 
 def test_a_run_that_was_killed_in_its_first_epoch_begins_again(run: Path) -> None:

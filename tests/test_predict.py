@@ -149,3 +149,9 @@ def test_usage_errors(tiny_run, tmp_path, capsys, arguments, complaint):
 def test_an_output_that_cannot_be_written_is_one_line(tiny_run, tmp_path, capsys):
     assert run(tiny_run, noise(tmp_path / "a.png", 0), "--csv", tmp_path / "no" / "out.csv") == 1
     assert f"error: cannot write {tmp_path / 'no' / 'out.csv'}" in capsys.readouterr().err
+
+
+def test_best_is_not_asked_of_a_file(tiny_run, picture, capsys):
+    with pytest.raises(SystemExit) as stop:
+        predict.main([str(tiny_run / "last.pt"), str(picture), "--best"])
+    assert stop.value.code == 2 and "--best takes the best epoch of a run folder" in capsys.readouterr().err

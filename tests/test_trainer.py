@@ -184,6 +184,23 @@ def test_a_step_whose_compiler_fails_is_repeated_without_it(monkeypatch: pytest.
     assert len(machine.notes) == 1 and machine.notes[0].endswith("so it goes on uncompiled, slower: no compiler")
 
 
+def test_compiling_may_fail_for_another_batch_of_the_same_size(monkeypatch: pytest.MonkeyPatch):
+    def failing(net: torch.nn.Module, **_) -> Callable:
+        def compiled(x: torch.Tensor) -> torch.Tensor:
+            if len(x) == 4:
+                raise RuntimeError("no compiler")
+            return net(x)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", failing)
+    trainer, _ = trained(dataclasses.replace(PLAIN, compile=True))
+    draws = draw_epoch(torch.arange(40), 1, 4, RECIPE.augmentation, (0, 0, 1))
+    stage = dataclasses.replace(STAGE, batch=4)
+    assert trainer.train_epoch(*pictures(), draws, stage, 32, lambda: None).samples == 40
+    assert [note for note in trainer.machine.notes if "goes on uncompiled" in note]
+
+
 @pytest.mark.parametrize("compile", [False, True])
 def test_keys_and_scoring_do_not_know_how_it_is_calculated(compile: bool):
     trainer = Trainer(RECIPES["original"], 10, dataclasses.replace(PLAIN, compile=compile))

@@ -1,0 +1,56 @@
+"""The plots of a run: its curves, and sheets of the views that it trains on."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from augment import Batch, denormalise
+from harness import plots
+from recipes import Recipe
+from scheduler import restart_epochs
+
+ON_SHEET = 32  # views
+
+
+def views(path: Path, heading: str, batch: Batch, classes: Sequence[str]) -> None:
+    """Draw the first views of a batch as the network sees them, each with its class, or two with their shares."""
+    shown = denormalise(batch.x[:ON_SHEET]).clamp(0, 1).cpu()
+    mixed = zip(*(part[:ON_SHEET].tolist() for part in batch[1:]), strict=True)
+    plots.sample_sheet(path, shown.numpy(), [_label(classes, *each) for each in mixed], columns=8, heading=heading)
+
+
+def _label(classes: Sequence[str], label: int, other: int, share: float) -> str:
+    """What a view shows; where it is mixed of two classes, the larger part first."""
+    if label == other or round(share * 100) in (0, 100):
+        return plots.beside(classes[label if share >= 0.5 else other])
+    parts = sorted([(share, classes[label]), (1 - share, classes[other])], reverse=True)
+    return "\n".join(plots.beside(name, f" {part:.0%}") for part, name in parts)
+
+
+def curves(folder: Path, title: str, recipe: Recipe, rows: Sequence[Mapping[str, Any]], val_images: int) -> None:
+    """Draw accuracy (where there is one), losses and learning rate of a run's rows into its folder."""
+    shared = {
+        "title": title,
+        "restarts": _restarts(recipe),
+        "stage_names": [f"{'→'.join(map(str, dict.fromkeys(s.crop_size)))} px" for s in recipe.stages],
+    }
+    if any(row["val_accuracy"] is not None for row in rows):
+        plots.accuracy(folder / "accuracy.png", rows, val_images=val_images, **shared)
+    plots.losses(folder / "losses.png", rows, **shared)
+    points = [(n, epoch / 8) for n, stage in enumerate(recipe.stages) for epoch in range(8 * stage.epochs)]
+    at = float if recipe.rate_by_step else int  # a rate that changes with the epoch is that of its beginning
+    plots.learning_rate(
+        folder / "learning_rate.png",
+        [recipe.first_epoch_of(index) + epoch for index, epoch in points],
+        [recipe.learning_rate(recipe.stages[index], at(epoch)) for index, epoch in points],
+        [index + 1 for index, _ in points],
+        **shared,
+    )
+
+
+def _restarts(recipe: Recipe) -> list[int]:
+    if recipe.schedule != "restarts":
+        return []
+    cycle = (recipe.cycle, recipe.cycle_growth)
+    stages = enumerate(recipe.stages)
+    return [recipe.first_epoch_of(n) + epoch for n, stage in stages for epoch in restart_epochs(stage.epochs, *cycle)]
