@@ -1,9 +1,6 @@
 """The networks: a bottleneck ResNet of 1,996,986 parameters, and a plain one of wide 3×3 convolutions.
 
-The ResNet's modules and parameters are named as in torchvision's, so that weights travel between the two. On a CPU
-both may be calculated with further channels of zeros (harness/channel_padding.py), which must stay zero in every
-layer: through convolutions, BatchNorm, rectifiers, pooling and sums they do, through GroupNorm or LayerNorm they
-would not.
+The ResNet's modules and parameters are named as in torchvision's, so that weights travel between the two.
 """
 
 import math
@@ -92,6 +89,8 @@ class ResNet(nn.Module):
     Takes float images (N, 3, H, W) from 32 px up, normalised; gives logits (N, num_classes).
     Raises ValueError for options out of range, and for smaller inputs.
     """
+
+    zero_channels_stay_zero = True  # see WideNet
 
     def __init__(
         self,
@@ -204,6 +203,10 @@ class WideNet(nn.Module):
     Takes float images (N, 3, H, W) from 32 px up, normalised; gives logits (N, num_classes).
     Raises ValueError for options out of range, and for smaller inputs.
     """
+
+    # Through convolutions, BatchNorm, rectifiers, pooling and sums they do; through GroupNorm or LayerNorm they would
+    # not. So a CPU may calculate the network with further channels (harness/channel_padding.py).
+    zero_channels_stay_zero = True
 
     def __init__(
         self,

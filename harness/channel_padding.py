@@ -30,7 +30,7 @@ def padded_widths(planes: tuple[int, ...]) -> tuple[int, ...]:
 def with_padded_channels(net: nn.Module, recipe: Recipe, classes: int) -> nn.Module:
     """A recipe's network in the form that a CPU trains fastest: padded, or just itself where nothing is gained."""
     planes = padded_widths(recipe.planes)
-    if planes == recipe.planes:
+    if planes == recipe.planes or not getattr(net, "zero_channels_stay_zero", False):
         return net
     # Its weights are not used: a cosine stem, which may not have as many filters, has the shapes of any other.
     wider = dataclasses.replace(recipe, planes=planes, budget=NO_LIMIT, cosine_stem=False)

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from augment import draw_epoch
-from harness.channel_padding import PaddedChannels, padded_widths
+from harness.channel_padding import PaddedChannels, padded_widths, with_padded_channels
 from harness.machine import Machine
 from model import build_model
-from recipes import RECIPES, Stage
+from recipes import RECIPES, Stage, build_network
 from train import Trainer
 
 PLAIN = Machine(torch.device("cpu"), torch.float32, compile=False)
@@ -94,3 +94,11 @@ def test_the_stem_with_most_filters_has_a_twin_too():
 def test_widths_that_fit_already_are_left_alone(network: dict[str, Any]):
     trainer = Trainer(dataclasses.replace(RECIPES["original"], layers=(1, 1, 1), **network), 10, PLAIN)
     assert trainer.form.net is trainer.net
+
+
+def test_a_network_that_does_not_say_so_is_not_padded():
+    recipe = RECIPES["original"]
+    net = build_network(recipe, 10)
+    assert with_padded_channels(net, recipe, 10) is not net
+    net.zero_channels_stay_zero = False
+    assert with_padded_channels(net, recipe, 10) is net
