@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import multiprocessing
 import os
+import re
 import resource
 import time
 from pathlib import Path
@@ -20,6 +22,11 @@ def flags() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def peak_kib(process: int) -> int:
+    """The most memory that a process has held so far."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[1])
+
+
 class Epochs:
     """Call it after each epoch with the share of right answers; the last call's is the result."""
 
@@ -29,7 +36,8 @@ class Epochs:
     def __call__(self, accuracy: float) -> None:
         seconds = round(time.clock_gettime(time.CLOCK_BOOTTIME) - BEGAN, 1)
         self.result["first_epoch_seconds"] = self.result["first_epoch_seconds"] or seconds
-        who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-        memory = round(sum(resource.getrusage(which).ru_maxrss for which in who) / 2**20, 2)
+        ended, still = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, multiprocessing.active_children()
+        workers = max([ended, *(peak_kib(worker.pid) for worker in still)])
+        memory = round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + workers) / 2**20, 2)
         self.result |= {"accuracy": round(accuracy, 4), "seconds": seconds, "peak_gib": memory}
         print(json.dumps(self.result), flush=True)
