@@ -320,7 +320,7 @@ class Batch(NamedTuple):
 
 
 def take_samples(images: Tensor, labels: Tensor, draws: EpochDraws, rows: slice) -> Samples:
-    """The samples `rows` of an epoch's draws, on the draws' device, of uint8 images (N, 3, H, W) and labels (N,)."""
+    """Samples `rows` of an epoch, on the device of its draws, from uint8 images (N, 3, H, W) and int64 labels (N,)."""
     index, uniforms = draws.order[rows], draws.uniforms[rows]
     device = uniforms.device  # the images may have stayed on the host
     pixels, labels = (x.index_select(0, index).to(device, non_blocking=True) for x in (images, labels))

@@ -8,8 +8,8 @@
 Baseline is what a careful user writes: torchvision's transforms on one PIL image at a time, in as many persistent
 DataLoader workers as there are cores, float32 NCHW steps, and `.item()` at each of them. Each side has a process of its
 own, trains there until it gets no faster, and then both take turns, so that whatever else the machine does hits both
-alike. Rates are medians over the turns; the ratio is the median of those of neighbouring turns, with the lowest and the
-highest.
+alike. Rates are medians over the turns. The ratio is the median over pairs of neighbouring turns, given with the lowest
+and the highest.
 """
 
 import argparse
@@ -87,7 +87,7 @@ class ThisProject:
         scoring.logits(self.trainer.eval_model, images, self.job.eval_size, precision=self.machine.precision)
 
     def matmul_tflops(self) -> float:
-        """What the machine reaches in a large product of square matrices in this precision: the median of nine."""
+        """TFLOP/s that the machine reaches in a large square matrix product in this precision: the median of nine."""
         side = PRODUCT_SIDE[self.machine.device.type]
         a, b = torch.randn(2, side, side, device=self.machine.device).to(self.machine.precision)
         torch.mm(a, b)
@@ -95,7 +95,7 @@ class ThisProject:
 
 
 class Process:
-    """A side in a process of its own, which ends with the context, after the question that it is at."""
+    """A side in a process of its own; leaving the context ends it, once it has answered its current question."""
 
     _side: Baseline | ThisProject  # in that process only
 
@@ -126,8 +126,8 @@ class Process:
     def settle(self) -> int:
         """Train until it gets no faster, and say how many steps that took.
 
-        A process asks for fresh memory in its first steps, which costs more than the arithmetic; the allocator needs
-        dozens of them until it mostly uses what it has.
+        In its first steps a process asks for fresh memory, which costs more than the arithmetic; it takes dozens of
+        steps until the allocator mostly reuses what it has.
         """
         rates = []
         while len(rates) * self.steps < LONGEST_SETTLING and not settled(rates, math.ceil(SETTLING / self.steps)):
@@ -154,9 +154,9 @@ class Process:
 
     @staticmethod
     def peak_memory() -> int:
-        """Most bytes locked so far: on CUDA the GPU's tensors, else the process's memory, loader workers left out.
+        """Peak memory so far, in bytes: on CUDA of the GPU's tensors, else of this process without loader workers.
 
-        0 on Windows, which has no such count.
+        0 on Windows, which keeps no such count.
         """
         if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
             return torch.cuda.max_memory_allocated()
@@ -168,7 +168,7 @@ class Process:
 
 
 def settled(rates: list[float], turns: int) -> bool:
-    """Whether the last so many turns' median rate is less than 3 % above that of as many before them."""
+    """Whether the median rate of the last `turns` turns is less than 3 % above that of the `turns` before them."""
     before, last = rates[-2 * turns : -turns], rates[-turns:]
     return len(before) == turns and statistics.median(last) < SETTLED * statistics.median(before)
 

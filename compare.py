@@ -104,7 +104,7 @@ def gather(named: Sequence[Path]) -> tuple[list[Run], bool]:
 
 
 def read(folder: Path) -> Run:
-    """What `config.json` and `metrics.csv`, which a run's first epoch writes, say.
+    """A run, as its `config.json` and `metrics.csv` give it; the latter is missing before the first epoch ends.
 
     Raises NoRun where there is no `config.json`, RunError where one of the two cannot be used.
     """

@@ -29,8 +29,8 @@ SIDE = 96  # pixels
 IMAGE_BYTES = 3 * SIDE * SIDE
 CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")  # label 1 first
 
-# What a training image goes through, by name: the original project's views, milder ones, and stronger ones with CutMix
-# for runs that would fit their images otherwise.
+# Augmentations by name: the original project's views, milder ones, and stronger ones with CutMix for runs that would
+# otherwise overfit their images.
 MILD = ViewOptions(
     crop_scale=(0.25, 1.0), rotation=10.0, vflip=0.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1
 )
@@ -67,7 +67,7 @@ class DataSet:
     """`images` uint8 (N, 3, H, W), rows first; `labels` int64 (N,), from 0; `classes[label]` is a label's name.
 
     `digest` identifies a user's own pictures; it is empty for files that are checked against `specs`.
-    `given_split`: int64 indices that train and that validate, where the files themselves say so.
+    `given_split`: int64 indices of the training and of the validation images, where the files themselves fix a split.
     """
 
     images: Tensor
@@ -78,7 +78,7 @@ class DataSet:
 
 
 class Split(NamedTuple):
-    """A data set, and the int64 indices of the images that train and of those that validate."""
+    """A data set, with the int64 indices of its training images and of its validation images."""
 
     dataset: DataSet
     train: Tensor
@@ -151,9 +151,9 @@ def split_indices(labels: Tensor | Sequence[int], seed: int = 1337, val_fraction
 def tune_indices(labels: Tensor, train: Tensor, fold: int) -> tuple[Tensor, Tensor]:
     """Split the training images once more, to choose settings by: (train, val), int64, ascending indices.
 
-    Of each class every fifth of its members among `train`, from number `fold` (0 … TUNE_FOLDS - 1) on, validates; the
-    members are in ascending order. So over all folds each training image validates once, and no others ever do.
-    `labels` are those of all images, int64 (N,). Raises ValueError for another fold, or a class of fewer than five.
+    The members of each class in `train` are taken in ascending order, and every fifth of them validates, starting at
+    number `fold` (0 … TUNE_FOLDS - 1). So over all folds each training image validates once, and no others ever do.
+    `labels`: of all images, int64 (N,). Raises ValueError for a fold out of range, or a class of fewer than five.
     """
     if not 0 <= fold < TUNE_FOLDS:
         raise ValueError(f"fold must lie between 0 and {TUNE_FOLDS - 1}, not {fold}")
@@ -168,12 +168,12 @@ def tune_indices(labels: Tensor, train: Tensor, fold: int) -> tuple[Tensor, Tens
 
 
 def balanced_indices(indices: Tensor, labels: Tensor, seed: Sequence[int]) -> Tensor:
-    """As many indices as given (int64), of each class the same number, give or take one; `labels` int64, of all images.
+    """Resample `indices` (int64), as many again, to equal classes give or take one; `labels`: int64, of all images.
 
-    Of a small class some or all come several times, of a large one some not at all: others with each `seed`, which
-    holds non-negative integers.
+    Some or all images of a small class repeat, and some of a large one are left out; which ones depends on `seed`, a
+    sequence of non-negative integers.
     """
-    rng = np.random.default_rng((*seed, 1))  # not the numbers that the views of this seed are drawn by
+    rng = np.random.default_rng((*seed, 1))  # a stream of its own, apart from the views of this seed
     classes = labels[indices].unique()
     drawn = []
     for number, label in enumerate(classes):

@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         files.write_text(out / report.REPORT, json.dumps(whole, indent=2) + "\n")
         if drawn:
             report.draw(out, entries[0], networks[0].classes, *scored)
-    finally:  # no network that cannot be scored and no full disk costs the tables, nor a closed terminal the report
+    finally:  # neither a network that fails nor a full disk may cost the tables, nor a closed terminal the report
         scored_sides = entries_of(evaluated)
         if scored_sides:
             print(report.text(*scored_sides))
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def entries_of(sides: list[list[Evaluation]]) -> list[list[dict[str, Any]]]:
-    """What is reported of each side of which a network has been scored."""
+    """The report entries of each side that has at least one scored network."""
     return [[evaluation.entry for evaluation in side] for side in sides if side]
 
 
@@ -204,7 +204,7 @@ def averaged_over(recipe: Recipe) -> Recipe:
 
 
 def compare(sides: list[list[Evaluation]], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The comparison at each size of those before --against with those behind it, or of a second with a first.
+    """Compare, at each size, the networks before --against with those after it, or the second of two with the first.
 
     Raises RunError where --against was given, but a pair was not scored on the same images.
     """
@@ -287,7 +287,7 @@ def split_of(member: TrainedNetwork, args: argparse.Namespace) -> tuple[Tensor, 
 def score_clean(
     members: list[TrainedNetwork], images: Tensor, size: int | None, tta: str | None, machine: Machine
 ) -> tuple[dict[str, Any], Tensor]:
-    """How the images were scored, and their logits (N, K): each member's own size and form if none are args."""
+    """How the images were scored, and their logits (N, K); where `size` or `tta` is None, by each member's own."""
     sizes = [size or member.eval_size for member in members]
     kinds = [tta or member.recipe.tta for member in members]
     scores = []

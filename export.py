@@ -114,7 +114,7 @@ def require_replaceable(path: Path, trained: TrainedNetwork) -> None:
 
 
 def _is_export(path: Path) -> bool:
-    """Whether a file holds what `metadata` says, or weights alone."""
+    """Whether a file holds the `INPUT` text of `metadata`, or weights alone in half precision."""
     try:
         if INPUT.encode() in path.read_bytes():
             return True
@@ -125,7 +125,7 @@ def _is_export(path: Path) -> bool:
 
 
 def sample(trained: TrainedNetwork, source: Source, required: bool) -> tuple[Tensor, str]:
-    """Images uint8 (N, 3, H, W) to compare on, and what they are: the run's or, unless `required`, else drawn ones."""
+    """Images uint8 (N, 3, H, W) to compare on, and what they are: the run's, or drawn ones unless `required`."""
     try:
         dataset, train, val = load_for_network(trained, source, fetch=False)
     except RunError:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 class LabelSmoothingLoss(nn.Module):
     """Cross-entropy against targets of 1 − smoothing at the label and smoothing / (K − 1) at each other class.
 
-    PyTorch's own `label_smoothing` a spreads a over all K classes, the label included, so that each other class gets
-    a / K. Both targets are the same for a = smoothing · K / (K − 1), and the fused kernel is called with that. As a is
-    at most 1, smoothing is at most (K − 1) / K, where the target is uniform. The idea is arXiv 1512.00567's,
-    which spreads as PyTorch does.
+    PyTorch's own `label_smoothing` = a spreads a over all K classes, including the label, so that each other class gets
+    a / K. The two targets agree for a = smoothing · K / (K − 1), and PyTorch's fused kernel is called with that. Since
+    a is at most 1, smoothing is at most (K − 1) / K, where the target is uniform. The idea comes from arXiv 1512.00567,
+    which spreads it as PyTorch does.
 
     `classes`: K, from 2 up. `dim`: the dimension of the logits that holds the classes. `reduction`: "mean" over all
     samples, "sum", or "none" for one loss a sample. Raises ValueError for an argument out of range and for logits of
@@ -42,7 +42,7 @@ class LabelSmoothingLoss(nn.Module):
 
 
 def softened_mean(logits: Sequence[Tensor], temperature: float) -> Tensor:
-    """The mean of several networks' probabilities, float (B, K), at a temperature: of float logits (B, K) each."""
+    """Mean over several networks of softmax(logits / temperature): float (B, K), from float logits (B, K) each."""
     return torch.stack([(each / temperature).softmax(-1) for each in logits]).mean(0)
 
 

@@ -188,24 +188,24 @@ class WideGroup(nn.Module):
 class WideNet(nn.Module):
     """Stem of stride 2, three groups of a few wide 3×3 convolutions, global average pool, linear layer.
 
-    The ResNet's parameters in a seventh of the layers: large products keep a processor's arithmetic busy where the
-    ResNet's many thin layers wait for memory, and pooling first makes each of them cheaper (the shape is that of
-    David Page's ResNet-9 for CIFAR-10 and of arXiv 2404.00498).
+    About the ResNet's number of parameters in a seventh of the layers: large matrix products keep a processor's
+    arithmetic busy where the ResNet's many thin layers wait for memory, and pooling first makes each product cheaper
+    (the layout is that of David Page's ResNet-9 for CIFAR-10 and of arXiv 2404.00498).
 
     `layers`: convolutions of each group after its first. `planes`: channels of each group; the stem has half the
     first group's. `zero_init_residual`: each group starts as its first convolution. `cosine_stem`: the stem is
-    `cosine_filters`, which do not learn, and the further convolutions start as identities on their first channels,
-    so that the first step already distinguishes colours and edges (the idea is that of arXiv 2404.00498, where the
-    principal directions of the images' patches are taken: of STL-10's views they span the same space to 99 %).
-    `last_pool`: whether the last group halves its maps too; without it, its further convolutions see four times as many
-    pixels, which makes a third more arithmetic in recipe `cpu`.
+    `cosine_filters`, which do not learn, and every other convolution starts as the identity on its first channels, so
+    that the first step already distinguishes colours and edges (an idea from arXiv 2404.00498, which takes the
+    principal directions of the images' patches instead; for STL-10's views both span the same space to 99 %).
+    `last_pool`: whether the last group halves its maps too; without it, its later convolutions see four times as many
+    pixels, which is a third more arithmetic in recipe `cpu`.
 
     Takes float images (N, 3, H, W) from 32 px up, normalised; gives logits (N, num_classes).
     Raises ValueError for options out of range, and for smaller inputs.
     """
 
-    # Through convolutions, BatchNorm, rectifiers, pooling and sums they do; through GroupNorm or LayerNorm they would
-    # not. So a CPU may calculate the network with further channels (harness/channel_padding.py).
+    # A channel of zeros stays zero through convolutions, BatchNorm, rectifiers, pooling and sums; through GroupNorm or
+    # LayerNorm it would not. So a CPU may compute the network with extra channels (harness/channel_padding.py).
     zero_channels_stay_zero = True
 
     def __init__(

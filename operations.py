@@ -1,10 +1,10 @@
 """Operations on batches of views, float32 (B, 3, s, s) in [0, 1], and one of them at random, as in TrivialAugment.
 
-Each sample has a parameter of its own. Each operation agrees with the one of its name among torchvision's functional
-ones. The four colour operations are those of every view. `trivial_augment` (arXiv 2103.10158) draws one of OPERATIONS
-for each sample and a strength, both evenly. Ranges are those of the paper's wide space, with three differences:
+Each sample has its own parameter, and each operation agrees with its namesake among torchvision's functional ones.
+Every view goes through the four colour operations. `trivial_augment` (arXiv 2103.10158) draws one of OPERATIONS and a
+strength for each sample, both uniformly. Ranges are those of the paper's wide space, with three differences:
 strengths are continuous, geometric operations sample bilinearly about the centre, and a translation is a share of the
-side. As in augment.py, all is a pure function of the views and their random numbers, and nothing waits for a GPU.
+side. As in augment.py, everything is a pure function of the views and their random numbers; nothing waits for a GPU.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch import Tensor
 
 GREY = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
 COLUMNS = 2  # random numbers for each sample: which operation, and its strength
-SHEAR = 0.99  # pixels a row or column further from the centre
+SHEAR = 0.99  # pixels of shift per row or column away from the centre
 TRANSLATION = 1 / 3  # of the side
 ROTATION = 135.0  # degrees
 FACTOR = 0.99  # either side of 1: brightness, saturation, contrast, sharpness
@@ -49,8 +49,8 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     """Shift the hue in HSV, without branches; value and saturation stay.
 
     With V the largest channel and C the chroma (largest less smallest), the angle between a pixel's hue and red is
-    (C + G + B - R - min) / C sixths of a turn, on the side of green where G > B. In the other direction a channel is
-    V - C · clamp(d - 1, 0, 1) where d is the distance, in sixths of a turn, between the hue and that channel's.
+    (C + G + B - R - min) / C sixths of a turn, towards green where G > B. Conversely, a channel is
+    V - C · clamp(d - 1, 0, 1), where d is the distance, in sixths of a turn, between the hue and that channel's.
     """
     red, green, blue = x.unbind(1)
     value = torch.maximum(red, green).maximum(blue)
@@ -76,8 +76,8 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
 def trivial_augment(x: Tensor, uniforms: Tensor) -> Tensor:
     """Views float32 (B, 3, s, s) in [0, 1], each after its operation; `uniforms` (B, COLUMNS) in [0, 1).
 
-    On a CPU the views that an operation is not for are left out; on a GPU they are calculated too, and not taken,
-    because finding them out would wait for it. `x` itself may be overwritten.
+    On a CPU each operation runs only on the views that drew it. On a GPU it runs on all views and the other results are
+    discarded, because selecting views would wait for the device. `x` itself may be overwritten.
     """
     x = x.clamp_(0, 1)  # rounding in the shift of a hue leaves values just outside, which would posterize to -1/4
     kind, strength = (uniforms[:, 0] * len(OPERATIONS)).floor(), uniforms[:, 1] * 2 - 1
@@ -126,7 +126,7 @@ def _sampled(
     columns: Tensor | float = 0.0,
     rows: Tensor | float = 0.0,
 ) -> Tensor:
-    """Sample (B, 3, s, s) bilinearly where an affine map says, black outside; the image is -1 to 1 both ways.
+    """Sample (B, 3, s, s) bilinearly through an affine map, black outside; the image spans -1 to 1 on both axes.
 
     Output column c and row r show column scale · c + column_by_row · r + columns and row scale · r + row_by_column · c
     + rows: each a number or (B,).
@@ -163,7 +163,7 @@ def _posterize(x: Tensor, strength: Tensor) -> Tensor:
 
 
 def _solarize(x: Tensor, strength: Tensor) -> Tensor:
-    """Invert what is as bright as a threshold."""
+    """Invert the values at or above a threshold."""
     return torch.where(x >= (1 - strength.abs()).view(-1, 1, 1, 1), 1 - x, x)
 
 
@@ -174,7 +174,10 @@ def _autocontrast(x: Tensor, strength: Tensor) -> Tensor:
 
 
 def _equalize(x: Tensor, strength: Tensor) -> Tensor:
-    """Spread each channel's LEVELS evenly over its pixels, by the rule of PIL; one of too few pixels apart stays."""
+    """Equalise each channel's histogram of LEVELS by PIL's rule.
+
+    A channel with fewer than LEVELS - 1 pixels below its brightest level stays.
+    """
     level = (x * (LEVELS - 1)).round_().long().flatten(2).flatten(0, 1)  # (B·3, pixels)
     pixels = level.shape[1]
     counts = level.new_zeros(len(level), LEVELS).scatter_add_(1, level, torch.ones_like(level))

@@ -11,7 +11,7 @@ from recipes import Recipe, Stage
 ITERATIONS = 3
 EPSILON = 1e-7
 FILTER_RATE = 0.1  # of Muon's steps, as a share of the rate of everything else
-RGB = 3  # a filter over the image itself, the stem's, is no hidden layer: Muon leaves it to SGD
+RGB = 3  # channels of the stem's filters, which read the image itself: no hidden layer, so Muon leaves them to SGD
 
 
 def build_optimizer(
@@ -39,10 +39,10 @@ def build_optimizer(
 
 
 def with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
-    """The optimiser with its momentum made beforehand, of zeros, from which the first step is the same.
+    """The optimiser with its momentum buffers already created, as zeros; this does not change the first step.
 
-    PyTorch's fused SGD makes the momentum in its first step, and leaves it unfilled if that step's fp16 gradients
-    overflow: the second would learn from whatever lay in memory.
+    PyTorch's fused SGD creates the buffers in its first step, and leaves them uninitialised if that step's fp16
+    gradients overflow: the second step would then learn from whatever lay in memory.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -54,10 +54,10 @@ def with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
 class Muon(torch.optim.SGD):
     """SGD with Nesterov momentum; in groups with `orthogonal` set, 4-d filters (out, in, h, w) take Muon's step.
 
-    There the momentum is orthogonalised as a matrix (out, h·w·in), and the filters' norm is reset to √out before each
-    step: behind a BatchNorm their scale means nothing but the size of the next step, so this takes the place of
-    weight decay (Keller Jordan, 2024). PyTorch's own Muon takes matrices only, and multiplies them in bf16, which
-    not every CPU has.
+    It orthogonalises the momentum as a matrix (out, h·w·in), and resets the filters' norm to √out before moving them:
+    with a BatchNorm behind them, their scale affects only the relative size of the next step, so this replaces weight
+    decay (Keller Jordan, 2024). PyTorch's own Muon takes only matrices, and multiplies them in bf16, which not every
+    CPU has.
     """
 
     def __init__(

@@ -110,7 +110,7 @@ def check_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace, inp
 
 
 def gather(named: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:
-    """The files that are named, all pictures in the folders that are, and by path why something cannot be looked at."""
+    """The files named and all pictures in the folders named, and by path why anything else cannot be looked at."""
     paths, skipped = [], {}
     for path in expanded(named):
         if not os.path.isdir(path):  # False where it cannot be reached, for which Path's raises
@@ -182,7 +182,7 @@ def table(predictions: Sequence[Prediction]) -> str:
 
 
 def as_csv(predictions: Sequence[Prediction]) -> str:
-    """The same with numbers from 0 to 1."""
+    """The same as CSV, with confidences from 0 to 1."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     numbers = range(1, len(predictions[0].choices) + 1)
@@ -193,7 +193,7 @@ def as_csv(predictions: Sequence[Prediction]) -> str:
 
 
 def as_json(predictions: Sequence[Prediction], skipped: dict[str, str], trained: TrainedNetwork) -> str:
-    """The same with what was skipped and why, and how the pictures were scored."""
+    """The same as JSON, with what was skipped and why, and how the pictures were scored."""
     seen = [
         {"file": file, "choices": [{"class": name, "confidence": share} for name, share in choices]}
         for file, choices, _ in predictions

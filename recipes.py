@@ -51,7 +51,7 @@ class Stage:
 
     @property
     def unused_crop_sizes(self) -> tuple[int, ...]:
-        """Those of the sizes that no epoch has, as there are fewer epochs than sizes."""
+        """The crop sizes that no epoch uses, because there are fewer epochs than sizes."""
         used = {self.crop_size_at(epoch) for epoch in range(self.epochs)}
         return tuple(size for size in dict.fromkeys(self.crop_size) if size not in used) if self.epochs else ()
 
@@ -157,7 +157,7 @@ class Recipe:
 
     @property
     def idle(self) -> dict[str, str]:
-        """The settings that change nothing beside the others, and why."""
+        """The settings that have no effect given the others, and why."""
         idle, views = {}, self.augmentation
         if not views.mixes:
             idle["mix_probability"] = "without --mixup or --cutmix"
@@ -204,7 +204,7 @@ class Recipe:
     def tta_at(self, epochs_done: int) -> str:
         """Forms over which the validation images are scored after the epoch that follows `epochs_done` finished ones.
 
-        `tta` in the last epoch, whose figure counts; crops cost five times an image, so before it mirror images do.
+        `tta` after the last epoch, whose figure counts. Before it "mirror" replaces "multi", at a fifth of the cost.
         """
         return "mirror" if self.tta == "multi" and epochs_done + 1 < self.epochs else self.tta
 
@@ -238,7 +238,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
-        """The inverse of `as_dict`; lists are taken for tuples, and names and rules of older versions are known.
+        """The inverse of `as_dict`; lists become tuples, and the names and rules of older versions are understood.
 
         Raises UnknownSettings for other names, ValueError, TypeError or KeyError for anything else.
         """
@@ -339,8 +339,8 @@ CPU = Recipe(
     average=0.995,
     tta="multi",
 )
-# Finer maps, larger crops, stronger views, CutMix. `train.py --recipe cpu-long`: 1.9 million samples, an hour of two
-# cores with bf16, or some eight hours of others; 88.5 % (one seed).
+# Finer maps, larger crops, stronger views, CutMix. `train.py --recipe cpu-long`: 1.9 million samples, an hour on two
+# cores with bf16, or some eight hours on cores without; 88.5 % (one seed).
 CPU_LONG = dataclasses.replace(
     CPU,
     name="cpu-long",
@@ -360,7 +360,7 @@ GPU = dataclasses.replace(
     average=0.9998,
 )
 # The whole path on drawn shapes. `train.py --demo`: 18 thousand samples, under a minute on two CPU cores; 78 to 84 %,
-# by the number of threads, which decides the order of additions.
+# depending on the number of threads, which changes the order of summation.
 DEMO = Recipe(
     name="demo",
     stages=(

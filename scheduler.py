@@ -38,8 +38,8 @@ def restart_epochs(epochs: int, T_0: int = 10, T_mult: int = 2) -> list[int]:
 def warmup_cosine_rate(progress: float, peak: float, warmup: float) -> float:
     """Learning rate at `progress` (0 … 1, the share of steps done): linear from 0 to `peak`, then half a cosine to 0.
 
-    `warmup` is the share of steps spent rising, in [0, 1). If there is any, the first step has rate 0: it moves
-    BatchNorm's statistics and the optimiser's momentum, but no weight, save that Muon gives its filters their length.
+    `warmup` is the share of steps spent rising, in [0, 1). Unless it is 0, the first step has rate 0: it updates
+    BatchNorm's statistics and the optimiser's momentum but no weights, except that Muon rescales its filters.
     Raises ValueError for an argument out of range.
     """
     if not 0 <= warmup < 1:

@@ -181,8 +181,9 @@ def train_stages(trainer: "Trainer", run: RunFolder, split: Split, interrupt: In
 
 
 class EpochResult(NamedTuple):
-    """An epoch's figures: the loss of each step, float32 (steps,), right answers, samples; whether weights,
-    statistics and optimiser are all finite.
+    """An epoch's figures: the loss of each step, float32 (steps,), and the numbers of right answers and of samples.
+
+    `finite`: whether weights, running statistics and optimiser state are all finite.
     """
 
     losses: Tensor
@@ -242,7 +243,7 @@ class Trainer:
         self._reset_graphs()
 
     def _reset_graphs(self) -> None:
-        """Drop captured graphs, which point at the old optimiser's state, and keep the rates where they read them."""
+        """Drop the graphs, which point at the old optimiser's state, and put the rates where new graphs read them."""
         self.graphs.forget()
         if self.graphs.enabled:
             rates_on_device(self.optimizer, self.machine.device)
@@ -254,15 +255,15 @@ class Trainer:
 
         `augmented_batch` makes the views: rotation, crop, flips, colours; then it normalises, erases and mixes.
         Nothing waits for the device before the end; `tick` runs after each step and may raise.
-        Of several processes each takes its share of every batch, and mixes samples within that share only. BatchNorm
-        normalises by the share, too, and keeps the leader's running statistics. The result is that of all shares.
+        With several processes, each takes an equal share of every batch and mixes samples only within it. BatchNorm
+        also normalises within the share, and the leader's running statistics are kept. The result covers all shares.
         """
         self.net.train()
         self.graphs.keep_only(size)
         steps = len(draws.order) // stage.batch
         losses = torch.zeros(steps, device=self.machine.device)
         hits = torch.zeros((), dtype=torch.int64, device=self.machine.device)
-        options = self.recipe.augmentation  # also in epochs without mixing: their draws mix nothing, and graphs stay
+        options = self.recipe.augmentation  # also without mixing: such epochs' draws mix nothing, so graphs stay valid
         for step in range(steps):
             samples = take_samples(images, labels, draws, self.machine.share_of_batch(step, stage.batch))
             batch = self.graphs.run(augmented_batch, samples, draws.colour_orders[step], size, options, warm=1)

@@ -110,7 +110,7 @@ class Baseline:
 def pil_views(options: augment.ViewOptions, size: int) -> list[Callable]:
     """The recipe's views in torchvision's own transforms of PIL images, in the original project's order.
 
-    Without erasing, mixing and the operation more of `trivial_augment`: the usual script does less than this project.
+    Erasing, mixing and the extra operation of `trivial_augment` are left out: the usual script does less work.
     """
     return [
         transforms.RandomRotation(options.rotation),

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import ParamSpec
 
-# A notebook's kernel names a backend for all that it starts, which need not be installed where this runs: matplotlib
-# would then refuse to be imported. No plot here needs one, so it is offered to matplotlib afterwards.
+# A notebook's kernel sets MPLBACKEND for every process that it starts. That backend may not be installed here, and then
+# matplotlib cannot be imported. No plot here needs a backend, so matplotlib is offered it only after the import.
 _backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
 import matplotlib
 

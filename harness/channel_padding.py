@@ -1,4 +1,4 @@
-"""A network calculated in whole cache lines of channels on a CPU, which changes nothing but the speed.
+"""A network computed on a CPU with its channels padded to whole cache lines, which changes nothing but the speed.
 
 PyTorch's BatchNorm on a CPU keeps each thread's sums over the channels side by side. Where a row of them (float32) does
 not fill cache lines, two threads write to the same line and wait for each other at every pixel; and channels that do
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from recipes import NO_LIMIT, Recipe, build_network
 
 CHANNELS = 16  # float32 numbers in a cache line of 64 bytes
-WORTH = 1 / 8  # of a width: to add more costs more arithmetic than is gained
+WORTH = 1 / 8  # most padding, as a share of the width: beyond it the extra arithmetic costs more than is gained
 
 
 def padded_widths(planes: tuple[int, ...]) -> tuple[int, ...]:
@@ -41,9 +41,9 @@ def with_padded_channels(net: nn.Module, recipe: Recipe, classes: int) -> nn.Mod
 class PaddedChannels(nn.Module):
     """`net` in training mode, calculated as the wider `twin`, whose weights are the net's with zeros around them.
 
-    A channel of zeros stays one: through convolutions, norms (whose weight and bias are 0 there), rectifiers, pooling
+    A channel of zeros stays zero through convolutions, norms (whose weight and bias are 0 there), rectifiers, pooling
     and sums. So the logits are the net's, the gradients reach the net's own parameters, and its running statistics are
-    updated. `twin`: a network of the same kind and layers, none of whose own weights are used: it may be on the meta
+    updated. `twin`: a network of the same kind and layers. Its own weights are never used, so it may be on the meta
     device.
     """
 

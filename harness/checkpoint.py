@@ -49,7 +49,7 @@ def save(path: Path, payload: dict[str, Any], keep: Path | None = None) -> None:
 
 
 def commit(folder: Path, payload: dict[str, Any]) -> None:
-    """Make `payload` the run's `last.pt` and the one before its `previous.pt`. At every moment one of them is whole."""
+    """Make `payload` the run's `last.pt`, and the old `last.pt` its `previous.pt`. One of them is always whole."""
     save(folder / "last.pt", payload, keep=folder / "previous.pt")
 
 
@@ -99,7 +99,7 @@ def _load(path: Path, kind: str | None = None) -> tuple[dict[str, Any], str]:
 
 
 def _read(file: BinaryIO) -> Any:
-    """Torch is given a copy of what has the right checksum: it looks at none, and trusts the archive's directory."""
+    """Give torch a copy with verified checksums: it checks none itself, and trusts the archive's directory."""
     checked, size = io.BytesIO(), os.fstat(file.fileno()).st_size
     with zipfile.ZipFile(file) as archive, zipfile.ZipFile(checked, "w") as copy:
         for member in archive.infolist():

@@ -53,7 +53,7 @@ class Runtime:
 
 
 MACHINE_FLAGS = ("device", "threads", "precision")
-LARGEST_TOLD = 1024  # an upper limit beyond it is one against slips
+LARGEST_TOLD = 1024  # a larger upper limit only guards against typing errors, and --help does not show it
 
 
 def train_parser() -> argparse.ArgumentParser:
@@ -202,7 +202,7 @@ def refuse_among_pictures(parser: argparse.ArgumentParser, out: Path, images: Pa
 
 
 def _with_flag(sentence: str, args: Collection[str]) -> str:
-    """A complaint that begins with a field's name, with the flag's name instead where the flag was given."""
+    """An error message with the field's name that it begins with replaced by the flag, if that flag was given."""
     name = sentence.split(" ")[0].rstrip(":")
     if name not in args:
         return sentence
@@ -240,7 +240,7 @@ def _matches(path: Path) -> list[Path]:
 
 
 def file_path(text: str) -> Path:
-    """An argument's type: a path, of which an empty one is none: it would mean the current folder."""
+    """An argument's type: a path; an empty one is refused, as it would mean the current folder."""
     if not text.strip():
         raise argparse.ArgumentTypeError("a path is expected, not an empty word")
     return Path(text)

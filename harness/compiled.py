@@ -34,7 +34,7 @@ class CompiledForm(nn.Module):
     def attempt(self, step: Callable[[], Result], shape: tuple[int, ...]) -> Result:
         """Run `step`, a forward and a backward pass; if compiling for batches of `shape` fails, run it again without.
 
-        Until then a step has changed nothing but running statistics and gradients: the former are put back.
+        By then the step has changed only running statistics, which are restored, and gradients, which are cleared.
         """
         if self._compiled is None or shape in self._compiled_for:
             return step()

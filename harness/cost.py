@@ -39,7 +39,7 @@ def seconds_at_rates(
 def next_epoch_seconds(recipe: Recipe, epochs_done: int, train_seconds: float, rest_seconds: float) -> float:
     """Seconds to expect of the epoch after `epochs_done` finished ones, by what the last one's training and rest took.
 
-    Both grow with the pixels; the rest is scoring above all, whose pixels are those of all forms of an image.
+    Both grow with the pixels. The rest is mostly scoring, whose pixels are those of every TTA form of an image.
     """
     before, after = epochs_done - 1, epochs_done
     eval_sizes = [recipe.stages[recipe.stage_and_epoch(done)[0]].eval_size for done in (before, after)]

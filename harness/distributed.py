@@ -1,7 +1,7 @@
 """Several processes, started by torchrun, that train one network: one leads and writes the run, the others follow.
 
-Without torchrun there is no group, and each function here does nothing or returns its argument. Decisions and
-figures travel as CPU tensors, by gloo: it notices at once when a process has ended. Gradients on CUDA take NCCL.
+Without torchrun there is no group, and the functions here do nothing or act as for one process. Decisions and figures
+travel as CPU tensors over gloo, which notices at once when a process has ended. Gradients on CUDA go over NCCL.
 """
 
 import contextlib
@@ -76,8 +76,8 @@ def leave() -> None:
 def end_process(status: int) -> NoReturn:
     """End a command's process with its exit status; one of several ends at once, without the interpreter's own end.
 
-    What averaged the gradients still holds the group and so gloo's threads, even after `leave`. A thread that lets go
-    of a tensor while the interpreter is being taken down is unwound by Python, at which C++ aborts the process.
+    DistributedDataParallel still holds the group, and with it gloo's threads, even after `leave`. A thread that
+    releases a tensor while the interpreter shuts down is unwound by Python, and C++ then aborts the process.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         for stream in (sys.stdout, sys.stderr):

@@ -35,8 +35,8 @@ def reason(error: BaseException) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception, or one in whose handling it was raised, says that the computer or its GPU lacks memory.
 
-    PyTorch raises a plain RuntimeError for the former, which only its words tell from others. A RunError says itself
-    what is wrong.
+    For the computer's memory PyTorch raises a plain RuntimeError, which only its message tells from others. A RunError
+    does not count, as it already says what is wrong.
     """
     return _lack_of_memory(error) is not None
 

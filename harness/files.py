@@ -28,10 +28,10 @@ NO_ROOM = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
 def atomic_write(path: Path, keep: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path; what was written there takes the place of `path` at once, or not at all.
 
-    A file that is replaced keeps its mode and, where the system permits, its owner; of a link the target is replaced.
-    What cannot be replaced by a file is written into: a device, a pipe, this process's own output, a file that is
-    mounted alone or lies in a folder that takes no others. The older file is kept under the name `keep` where one is
-    given; then links are not followed. Raises RunError naming path and cause where the disk is full or the like.
+    A file that is replaced keeps its mode and, where the system permits, its owner; for a link, its target is replaced.
+    What cannot be replaced is written into instead: a device, a pipe, this process's own output, a file that is mounted
+    by itself or lies in a folder where none can be created. With `keep`, the older file is kept under that name, and
+    links are not followed. Raises RunError naming path and cause if writing fails, as on a full disk.
     """
     temporary = None
     try:

@@ -143,7 +143,7 @@ def _require_folder(trained: TrainedNetwork, source: Source) -> None:
 def load_for_network(trained: TrainedNetwork, source: Source, *, fetch: bool) -> Split:
     """`load_images` for a trained network. Raises RunError if it was trained with other images.
 
-    With others the split would be another one too, and images that the network has learnt would validate it.
+    With other images the split would differ too, and the network would be validated on images that it has learnt.
     """
     _require_folder(trained, source)
     split = load_images(trained.recipe, *source, fetch=fetch)

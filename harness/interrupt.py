@@ -48,7 +48,7 @@ class Interrupt:
             raise Stopped(f"{name} came; the epoch in flight is dropped", 128 + self.received)
 
     def stop_if_out_of_time(self, seconds: float) -> None:
-        """Raise Stopped if an epoch of so many seconds, or in any other process its own, would end too late.
+        """Raise Stopped if an epoch of `seconds`, or of what any other process expects, would end too late.
 
         None of several processes goes on before the leader has committed the epoch.
         """
@@ -57,7 +57,7 @@ class Interrupt:
 
     @contextlib.contextmanager
     def before_peer_loss(self) -> Iterator[None]:
-        """A signal comes to all processes, but in different steps: who has it stops by it, not by losing the others."""
+        """If others are lost after a signal came, stop for the signal: it may have ended them a step earlier."""
         try:
             yield
         except distributed.PeerLost:

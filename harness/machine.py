@@ -90,7 +90,7 @@ class Machine:
         return autocast(self.device, self.precision)
 
     def hold(self, images: Tensor) -> Tensor:
-        """The images on the device, or where they are if they would take over half of its free memory."""
+        """The images on the device, or left where they are if they would take more than half of its free memory."""
         if self.device.type != "cuda":
             return images
         free, _ = torch.cuda.mem_get_info(self.device)
@@ -251,7 +251,7 @@ def _obstacle_to_compiling(device: torch.device) -> str:
 def _keep_memory() -> None:
     """Ask glibc to keep freed memory: by default it unmaps large blocks, and each step faults its pages in again.
 
-    And PyTorch to take large pages: fewer of them fault, and fewer addresses have to be looked up.
+    Also ask PyTorch to use large pages: there are fewer page faults and fewer address look-ups.
     """
     os.environ.setdefault(LARGE_PAGES, "1")
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":

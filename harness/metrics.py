@@ -36,8 +36,8 @@ def mcnemar(first_alone: int, second_alone: int) -> float:
     """McNemar's exact test (Psychometrika 12, 1947): are two networks, scored on the same images, equally good?
 
     Of the images that only one of them answers rightly, the first has `first_alone` and the second `second_alone`.
-    Returns the two-sided p-value: how probable so uneven a division or a more uneven one is, were each of these images
-    a fair coin's. Raises ValueError for a negative count.
+    Returns the two-sided p-value: the probability of a division at least this uneven if each of these images were the
+    toss of a fair coin. Raises ValueError for a negative count.
     """
     if first_alone < 0 or second_alone < 0:
         raise ValueError(f"counts are from 0 up, not {first_alone} and {second_alone}")
@@ -60,7 +60,7 @@ def per_class_accuracy(matrix: Tensor) -> Tensor:
 
 
 class Reliability(NamedTuple):
-    """Predictions binned by the confidence in their answer: float64 (bins,) each, nan means for an empty bin."""
+    """Predictions binned by the confidence in their answer: float64 (bins,) each; the means of an empty bin are nan."""
 
     count: Tensor
     confidence: Tensor

@@ -57,7 +57,7 @@ def overwriting(folder: Path) -> bool:
 def remove_run(folder: Path) -> None:
     """Remove what a run, its evaluations and the count of its test scorings have left; exports are named and stay.
 
-    A kill in the middle leaves a whole run, or none whose removal goes on with the next call.
+    A kill midway leaves either a whole run, or a removal that the next call completes.
     """
     (folder / "previous.pt").unlink(missing_ok=True)
     with contextlib.suppress(FileNotFoundError):

@@ -1,7 +1,7 @@
 """The squares of a folder's pictures, kept in one hidden file beside them, so that each picture is opened once.
 
-A kept square is taken for a picture whose size, times of change and inode are those of before; else its bytes are read,
-and the square that was made of the same bytes is taken, whatever their file was called. Only the rest are opened.
+A kept square is reused for a picture whose file has the same size, times and inode as before. Otherwise its bytes are
+hashed, and a square made from the same bytes is reused, whatever their file was called. Only the rest are decoded.
 """
 
 import contextlib
@@ -89,7 +89,7 @@ def _read(file: Path, size: int) -> _Kept | None:
 
 
 def _status(path: Path) -> list[int]:
-    """What changes with a file's content, whoever sets its modification time back: its bytes, times and inode."""
+    """What changes with a file's content, even if its mtime is set back: size in bytes, mtime, ctime and inode."""
     try:
         status = path.stat()
     except OSError as error:

@@ -9,8 +9,8 @@ from harness.cli import Runtime
 from recipes import MOST_VIEWS, Recipe
 
 STL10_TRAIN_IMAGES = 4000  # what the recipes' views are set for
-# Of a small set, beyond how many views of a picture in all nothing is gained, how few steps are too few, and how small
-# a batch may become (docs/EXPERIMENTS.md, "Folders of few pictures").
+# For small sets: the views of a picture over the whole run beyond which nothing is gained, the steps below which there
+# are too few, and the smallest batch (docs/EXPERIMENTS.md, "Folders of few pictures").
 MOST_PASSES = 500
 LEAST_STEPS = 600
 LEAST_BATCH = 32
@@ -53,8 +53,8 @@ def fit_views(recipe: Recipe, images: int) -> Recipe:
 def fit_batches(recipe: Recipe, images: int, world: int = 1) -> Recipe:
     """The recipe with batches that leave enough steps of `images` training images, whose views are fitted already.
 
-    A stage's batch is halved, down to LEAST_BATCH, until it has LEAST_STEPS steps; each time its rate falls by √2.
-    `world` processes can share each batch equally.
+    A stage's batch is halved, but not below LEAST_BATCH, until the stage has LEAST_STEPS steps; each time its rate is
+    divided by √2. The batch stays divisible by `world`, the number of processes.
     """
     stages = list(recipe.stages)
     for index, stage in enumerate(stages):

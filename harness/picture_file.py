@@ -33,9 +33,9 @@ SPREAD = {"L;2": 85, "L;4": 17}
 def open_square(path: Path, size: int) -> Tensor:
     """The largest centred square of a picture at size × size px: uint8 (3, size, size), RGB.
 
-    It is brought to that size by one bilinear resampling with antialiasing; one that has the size keeps its very
-    pixels. Of an animation the first frame counts; the Exif orientation is applied; what is transparent lies on white;
-    16 bits become 8 by their range, not by their brightest pixel.
+    It is resampled once, bilinearly with antialiasing; a square already of that size keeps its exact pixels. Of an
+    animation the first frame is taken; the Exif orientation is applied; transparent parts are put on white; 16 bits
+    are scaled to 8 by their full range, not by their brightest pixel.
     Raises RunError for a file that is missing, broken, no picture, or larger than Pillow's guard against decompression
     bombs permits (89 million pixels).
     """
@@ -109,10 +109,11 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Deep grey values to 0 … 255, what is transparent to white.
+    """Map grey values of more than 8 bits to 0 … 255, and transparent ones to white.
 
-    Of 16 bits white is the largest value, however dark the picture. Files of 32 bits and of floats do not say what
-    white is: the least usual value that holds them. Raises ValueError for values beyond.
+    In 16 bits white is 65535, however dark the picture. Files of 32 bits and of floats do not say what white is: it is
+    taken to be the smallest of 1, 255 and 65535 that no value exceeds. Raises ValueError for values above 65535, below
+    0, or nan.
     """
     values = np.asarray(image, dtype=np.float64)
     low, high = values.min(), values.max()

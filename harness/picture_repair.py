@@ -51,7 +51,7 @@ def _without_metadata(png: bytes) -> bytes:
 
 
 def _with_end(jpeg: bytes, decode: Callable[[io.BytesIO], Image.Image]) -> Image.Image | None:
-    """With an end mark, where all scans are there and what follows the last one does not change a pixel."""
+    """The picture with an end marker added; None unless all scans are there and data added to them changes no pixel."""
     if not _has_all_scans(jpeg):
         return None
     restarts = RESTARTS.findall(jpeg)

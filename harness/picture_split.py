@@ -25,7 +25,7 @@ AS_SPLIT = "name them train and val (and test)"
 
 
 class Layout(NamedTuple):
-    """Folders of class folders. Without `val` some of the pictures of `train` are to validate; it may be the root."""
+    """Folders of class folders. Without `val`, some pictures of `train` (which may be the root) are to validate."""
 
     train: Path | None
     val: Path | None = None
@@ -114,7 +114,7 @@ def _unwrapped(folder: Path, passed: PassedOver) -> Path:
 
 
 def _refuse_loose_parts(contents: dict[Path, _Contents], parts: dict[Path, str | None]) -> None:
-    """Raises RunError where the folders are parts of a split by their names, and none else, but hold loose pictures."""
+    """Raise RunError where the folders are all named as parts of a split, but hold loose pictures."""
     filled = sorted(path for path, inside in contents.items() if inside.pictures or inside.folders)
     named = [parts[path] for path in filled]
     if "train" in named and len(filled) > 1 and None not in named:

@@ -24,8 +24,8 @@ SOON, LONG = 60.0, 4 * 3600.0  # seconds
 class Progress:
     """Watches the epochs of a run on `images` (see `images.fingerprint`), without waiting for the device.
 
-    `samples_per_second` and `cold_seconds` are of the epoch last watched: its rate, and what its first steps took
-    beyond that, by compilation above all.
+    `samples_per_second` and `cold_seconds` describe the epoch last watched: its rate without its cold seconds, and the
+    extra time that its first steps took if they had to compile (else 0).
     """
 
     def __init__(

@@ -112,7 +112,7 @@ class RunFolder:
         return state
 
     def _note_another_machine(self, state: dict[str, Any]) -> None:
-        """Note where a run goes on in another way than it was trained so far, which older states do not say."""
+        """Note a change of precision or number of processes since the run stopped; older states do not record them."""
         now = self.machine.as_dict()
         for name, words in (("precision", "in {}"), ("processes", "by {} process(es)")):
             if state.get(name) not in (None, now[name]):
@@ -139,7 +139,7 @@ class RunFolder:
             )
 
     def write_config(self, runtime: Runtime, net: torch.nn.Module) -> None:
-        """Write `config.json`: the settings and all that they met with on this machine."""
+        """Write `config.json`: the settings, and the images, machine and versions that the run uses."""
         if not self.machine.leads:
             return
         config = {
@@ -159,7 +159,7 @@ class RunFolder:
     def require_finite(self, losses: Tensor, finite: bool, val_loss: float | None) -> None:
         """Raise RunError that names the first number of an epoch that is not finite.
 
-        `losses` of its steps (steps,), whether all that was learnt is `finite`, and the validation loss.
+        `losses`: one per step, (steps,). `finite`: whether weights, running statistics and optimiser values all are.
         """
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
@@ -220,7 +220,7 @@ class RunFolder:
             self.draw()
 
     def _write_derived(self, state: dict[str, Any]) -> None:
-        """Write what follows from a state, after it and again when it is taken up: a kill may have come between."""
+        """Write the files derived from a state: once it is saved, and again on resuming, as a kill may come between."""
         if not self.machine.leads:
             return
         if self.best is self.rows[-1]:

@@ -39,7 +39,7 @@ def logits(
 ) -> Tensor:
     """Score uint8 images (N, 3, H, W) at `size` px in eval mode; float32 (N, K) on the model's device.
 
-    The images may lie elsewhere: a batch of them is on the device at a time.
+    The images may be on another device: they are moved one batch at a time.
 
     `mirror`: each image is also scored flipped left to right and the result is `average` of the two.
     `precision`: the autocast type (torch.bfloat16); None or torch.float32 calculates in float32.

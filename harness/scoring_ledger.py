@@ -32,7 +32,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def add(folder: Path, **scoring: Any) -> None:
-    """Note one more scoring, with the time of day. Raises RunError where it cannot be noted."""
+    """Note one more scoring, with date and time. Raises RunError where it cannot be noted."""
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     text = json.dumps([*read(folder), {"date": now, **scoring}], indent=2)
     write_text(folder / FILE, text + "\n")

@@ -33,7 +33,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def width(text: str) -> int:
-    """Columns of a terminal that a text takes: two a character of East Asia, none an accent that joins another."""
+    """Terminal columns that a text takes: two for a wide East Asian character, none for a combining accent."""
     kinds = ((unicodedata.category(c), unicodedata.east_asian_width(c)) for c in text)
     return sum(0 if category in ("Mn", "Me") else 2 if east_asian in "WF" else 1 for category, east_asian in kinds)
 
