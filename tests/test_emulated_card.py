@@ -34,4 +34,4 @@ def test_a_compiled_and_captured_step_learns_what_the_cpu_s_does(emulated_card: 
     done = answer(emulated_card, "tests.card_against_cpu", "wide", "fp32", "compiled", TRITON_INTERPRET="1")
     assert done["losses"] < 1e-5 and done["weights"] < 1e-5 and done["finite"]
     # the emulator executes what it captures on memory without values, which drawn crops do not survive
-    assert [note.partition(" could")[0] for note in done["notes"]] in ([], ["batch of"])
+    assert [note.partition(" could")[0] for note in done["notes"]] in ([], ["augmented batch"])
