@@ -33,14 +33,14 @@ def draw() -> Figure:
     figure = Figure(figsize=(8, 4.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     clean = [(int(row["epoch"]), 100 * float(row["val_accuracy"])) for row in rows("metrics.csv")]
-    scored = [row for row in rows("scores.csv") if row["protocol"] == "original"]
+    scored = [row for row in rows("scores.csv") if (row["protocol"], row["size"]) == ("original", "70")]
     theirs = {"color": GREY, "marker": "o", "ms": 4}
     axes.plot(*zip(*PUBLISHED.items(), strict=True), **theirs, label="the original, by its protocol (published)")
     axes.plot(*zip(*clean, strict=True), color=BLUE, marker=".", label="here, clean images in eval mode, 96 px")
     points = [[float(row[key]) for row in scored] for key in ("epoch", "accuracy", "low", "high")]
     epochs, accuracy, low, high = points
     axes.vlines(epochs, low, high, color=ORANGE)
-    axes.plot(epochs, accuracy, "s", color=ORANGE, ms=5, label="here, by its protocol (95 % interval)")
+    axes.plot(epochs, accuracy, "s", color=ORANGE, ms=5, label="here, by its protocol, 70 px (95 % interval)")
     axes.axvline(STAGE_1 + 0.5, color=RED, lw=0.8, ls=":")
     axes.text(STAGE_1 * 0.97, 36, "120 px from here (theirs)", ha="right", color=RED, fontsize=8)
     axes.set(xscale="log", xlabel="epoch of 80,000 samples", ylabel="validation accuracy, %", ylim=(33, 90))
