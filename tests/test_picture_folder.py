@@ -305,7 +305,7 @@ def test_a_picture_folder_that_is_gone_is_asked_for(images: Path, empty_plots: N
     run = images.with_name("run")
     assert train.main([*TINY, "--images", str(images), "--out", str(run)]) == 0
     images.rename(images.with_name("moved"))
-    assert recorded_source(run) == (Path("data"), None)
+    assert recorded_source(run).images is None
     with pytest.raises(RunError, match="was trained with a folder of pictures; name it with --images"):
         load_for_network(checkpoint.load_network(run), recorded_source(run), fetch=False)
 
