@@ -40,7 +40,7 @@ from harness.errors import RunError
 from harness.images import load_for_network, load_test_images, recorded_source
 from harness.machine import Machine, start_machine
 from harness.report import Evaluation
-from recipes import TTA, Recipe
+from recipes import TTA, TTA_HELP, Recipe
 
 CHUNK = 250  # images between two ticks of the progress bar
 
@@ -139,9 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tta",
         choices=TTA,
-        help="test-time augmentation; predictions are averaged over: "
-        + "; ".join(f"{name}: {what}" for name, what in TTA.items())
-        + " (default: as the run validates)",
+        help=f"{TTA_HELP} (default: as the run validates)",
     )
     parser.add_argument("--ensemble", action="store_true", help="average the predictions of the networks into one")
     parser.add_argument(

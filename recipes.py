@@ -18,6 +18,9 @@ TTA = {  # test-time augmentation: the forms of each image whose predictions are
     "mirror": "the image and its mirror image",
     "multi": "the image and five crops of 7/8 of its side (corners and centre), each with its mirror image",
 }
+TTA_HELP = "test-time augmentation; predictions are averaged over: " + "; ".join(
+    f"{k}: {what}" for k, what in TTA.items()
+)
 NO_LIMIT = 10**12  # parameters: a budget that holds nothing back
 MOST_VIEWS = 10_000
 OLD_NAMES = {"view": "augmentation", "views": "views_per_image"}  # of checkpoints of format 1
@@ -133,8 +136,7 @@ class Recipe:
     label_share: float = option("with --teacher: share of the loss that is the labels'", 0.5, low=0.0, high=1.0)
     teachers: tuple[str, ...] = ()  # by content: digests of the networks that --teacher names
     tta: str = option(
-        "forms of each image whose predictions are averaged: "
-        + "; ".join(f"{name}: {what}" for name, what in TTA.items()),
+        TTA_HELP,
         "none",
         choices=TTA,
     )

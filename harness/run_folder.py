@@ -22,7 +22,7 @@ from augment import EpochDraws, make_batch
 from harness import checkpoint, files, ownership, run_plots
 from harness.cli import Runtime
 from harness.errors import RunError
-from harness.machine import Machine
+from harness.machine import PRECISIONS, Machine
 from harness.metrics import wilson
 from harness.tensorboard_log import TensorBoardLog
 from harness.text import duration
@@ -193,7 +193,6 @@ class RunFolder:
         self.rows.append(row)
         if not self.machine.leads:
             return
-        machine = self.machine.as_dict()
         state = {
             "kind": "run",
             "recipe": self.recipe.as_dict(),
@@ -201,8 +200,8 @@ class RunFolder:
             "images": self.images,
             "eval_size": self.recipe.stages[row["stage"] - 1].eval_size,
             "epoch": row["epoch"],
-            "precision": machine["precision"],
-            "processes": machine["processes"],
+            "precision": PRECISIONS[self.machine.precision],
+            "processes": self.machine.world,
             "notes": self.machine.notes,
             "rows": self.rows,
             **trained,

@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY_RUN
+from picture_folders import TINY, fill
 
+import evaluate
 import train
 from augment import denormalise
-from harness import checkpoint, errors, plots
+from harness import checkpoint, cli, errors, plots
 from harness.demo_shapes import DEMO_CLASSES
+from harness.images import recorded_source
+from recipes import Stage
 from scheduler import warmup_cosine_rate
 
 MIXED = "--mixup 1 --cutmix 1 --mix-probability 0.8 --erase 0.5".split()
@@ -132,3 +136,54 @@ def test_too_little_memory_names_the_epoch_and_the_way_out(
         "error: not enough memory for epoch 2: batches of 32 views of 32 px, scored at 32 px; give a "
     )
     assert said.count("\n") == 1 and checkpoint.load(tmp_path / "run" / "last.pt")["epoch"] == 1
+
+
+# what a run says of itself
+
+
+def test_a_run_is_found_from_anywhere(tmp_path: Path, small_demo, empty_plots, monkeypatch) -> None:
+    fill(tmp_path / "pictures", 5)
+    monkeypatch.chdir(tmp_path)
+    assert train.main([*TINY, "--images", "pictures", "--data-dir", "data", "--out", "run"]) == 0
+    runtime = json.loads((tmp_path / "run" / "config.json").read_text())["runtime"]
+    assert {name: runtime[name] for name in ("images", "data_dir", "out")} == {
+        "images": str(tmp_path / "pictures"),
+        "data_dir": str(tmp_path / "data"),
+        "out": str(tmp_path / "run"),
+    }
+    monkeypatch.chdir("/")
+    assert evaluate.main([str(tmp_path / "run")]) == 0
+
+
+def test_a_run_from_another_machine_looks_where_train_does(run: Path, tmp_path: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    for there in (tmp_path / "here", tmp_path / "of another machine"):
+        config["runtime"]["data_dir"] = str(there)
+        (run / "config.json").write_text(json.dumps(config))
+        (tmp_path / "here").mkdir(exist_ok=True)
+        expected = there if there.name == "here" else cli.Runtime.data_dir
+        assert recorded_source(run / "last.pt").data_dir == expected
+
+
+@pytest.mark.parametrize(
+    ("epochs", "sizes", "unused"),
+    [
+        (8, (32, 48, 48, 64), ()),
+        (4, (32, 48, 48, 64), ()),
+        (3, (32, 48, 48, 64), (64,)),
+        (2, (32, 48, 48, 64), (64,)),
+        (1, (32, 48, 48, 64), (48, 64)),
+        (0, (32, 48), ()),
+    ],
+)
+def test_crop_sizes_that_no_epoch_has(epochs: int, sizes: tuple, unused: tuple) -> None:
+    stage = Stage(epochs, sizes, 32, 8, 0.1)
+    assert stage.unused_crop_sizes == unused
+    assert {stage.crop_size_at(epoch) for epoch in range(epochs)} == set(sizes if epochs else ()) - set(unused)
+
+
+def test_too_few_epochs_for_the_crop_sizes_are_said(tmp_path: Path, small_demo, empty_plots, capsys) -> None:
+    assert trained(tmp_path / "run", "--epochs", 1, 1, "--crop-size", "32,40,48", "32") == 0
+    sentence = "stage 1 has 1 epochs: too few for its crop size(s) 40, 48 px"
+    assert capsys.readouterr().out.count(f"note: {sentence}") == 1
+    assert sentence in json.loads((tmp_path / "run" / "summary.json").read_text())["notes"]
