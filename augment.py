@@ -33,10 +33,8 @@ CROP_TRIES = 10
 ANGLE = 0
 CROP_AREA = slice(1, 1 + CROP_TRIES)
 CROP_RATIO = slice(CROP_AREA.stop, CROP_AREA.stop + CROP_TRIES)
-TOP, LEFT, HFLIP, VFLIP, *FACTORS, HUE, ERASE, ERASE_ROW, ERASE_COLUMN, MIX_KIND, MIX_ROW, MIX_COLUMN = range(
-    CROP_RATIO.stop, CROP_RATIO.stop + 14
-)
-BRIGHTNESS, CONTRAST, SATURATION = FACTORS
+TOP, LEFT, HFLIP, VFLIP, BRIGHTNESS, CONTRAST, SATURATION, HUE = range(CROP_RATIO.stop, CROP_RATIO.stop + 8)
+ERASE, ERASE_ROW, ERASE_COLUMN, MIX_KIND, MIX_ROW, MIX_COLUMN = range(HUE + 1, HUE + 7)
 COLUMNS = MIX_COLUMN + 1
 
 CACHED_PIXELS = 160_000  # of the views made at once on a CPU, so that intermediate results stay in its caches
@@ -90,9 +88,9 @@ class EpochDraws:
     own_share: Tensor  # float32 (n,) in [0, 1]: share of the sample's own image when mixed; 1 = unmixed
     colour_orders: list[tuple[int, int, int, int]]  # one per batch, known to the host; see COLOUR_ORDERS
 
-    def to(self, device: torch.device | str, images: torch.device | str | None = None) -> "EpochDraws":
-        """The same draws on `device`; `order`, which indexes the images, goes to theirs."""
-        tensors = (self.order.to(images or device), self.uniforms.to(device), self.own_share.to(device))
+    def to(self, device: torch.device | str, images_device: torch.device | str | None = None) -> "EpochDraws":
+        """The same draws on `device`; `order`, which indexes the images, on `images_device` if one is given."""
+        tensors = (self.order.to(images_device or device), self.uniforms.to(device), self.own_share.to(device))
         return EpochDraws(*tensors, self.colour_orders)
 
 
@@ -135,7 +133,9 @@ def draw_epoch(
 
 def _cutmix_odds(options: ViewOptions) -> float:
     """Probability that a mixed sample takes CutMix rather than Mixup."""
-    return (options.cutmix > 0) / max(1, (options.cutmix > 0) + (options.mixup > 0))
+    if options.cutmix and options.mixup:
+        return 0.5
+    return 1.0 if options.cutmix else 0.0
 
 
 def view_parameters(uniforms: Tensor, height: int, width: int, options: ViewOptions) -> ViewParameters:
@@ -143,18 +143,14 @@ def view_parameters(uniforms: Tensor, height: int, width: int, options: ViewOpti
 
     Distributions as in torchvision's RandomRotation, RandomResizedCrop, RandomHorizontalFlip and ColorJitter.
     """
-    brightness, contrast, saturation = (
-        _between(max(0.0, 1 - strength), 1 + strength, uniforms[:, column])
-        for strength, column in zip((options.brightness, options.contrast, options.saturation), FACTORS, strict=True)
-    )
     return ViewParameters(
         _between(-options.rotation, options.rotation, uniforms[:, ANGLE]),
         *_crop(uniforms, height, width, options),
         uniforms[:, HFLIP] < options.hflip,
         uniforms[:, VFLIP] < options.vflip,
-        brightness,
-        contrast,
-        saturation,
+        _factor(options.brightness, uniforms[:, BRIGHTNESS]),
+        _factor(options.contrast, uniforms[:, CONTRAST]),
+        _factor(options.saturation, uniforms[:, SATURATION]),
         _between(-options.hue, options.hue, uniforms[:, HUE]),
     )
 
@@ -167,6 +163,11 @@ def _whole_numbers(count: int, device: torch.device) -> Tensor:
 
 def _between(low: float, high: float, uniform: Tensor) -> Tensor:
     return uniform * (high - low) + low
+
+
+def _factor(strength: float, uniform: Tensor) -> Tensor:
+    """A factor in 1 ± strength, never below 0."""
+    return _between(max(0.0, 1 - strength), 1 + strength, uniform)
 
 
 def _crop(uniforms: Tensor, height: int, width: int, options: ViewOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -42,7 +42,8 @@ def build_model(
 class Bottleneck(nn.Module):
     """1×1 → 3×3 → 1×1 convolutions with BatchNorm after each, beside a shortcut (arXiv 1512.03385).
 
-    The 3×3 carries the stride, as in torchvision. Maps (N, inplanes, H, W) to (N, 4·planes, H/stride, W/stride).
+    The 3×3 carries the stride, as in torchvision. Maps (N, inplanes, H, W) to (N, 4·planes, H/stride, W/stride), where
+    halves are rounded up.
     """
 
     expansion = 4

@@ -30,18 +30,18 @@ def grey(x: Tensor) -> Tensor:
 
 
 def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
-    """Blend with black."""
+    """Blend with black: `factor` (B, 1, 1, 1) from 0, which is black, up; 1 changes nothing."""
     return (x * factor).clamp_(0, 1)
 
 
 def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the image's own mean grey."""
+    """Blend with the image's own mean grey: `factor` (B, 1, 1, 1) from 0, which is grey, up; 1 changes nothing."""
     mean = grey(x.mean(dim=(2, 3), keepdim=True))
     return torch.addcmul(mean * (1 - factor), x, factor).clamp_(0, 1)
 
 
 def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the pixel's own grey."""
+    """Blend with the pixel's own grey: `factor` (B, 1, 1, 1) from 0, which is grey, up; 1 changes nothing."""
     return torch.addcmul(grey(x).mul_(1 - factor), x, factor).clamp_(0, 1)
 
 

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from recipes import Recipe, Stage
 
-ITERATIONS = 3
+MOMENTUM = 0.9  # of sgd and muon
+ITERATIONS = 3  # of Newton-Schulz: x ← (LINEAR + CUBIC·x·xᵀ + QUINTIC·(x·xᵀ)²)·x
+LINEAR, CUBIC, QUINTIC = 3.4445, -4.7750, 2.0315  # Keller Jordan's, see Muon
 EPSILON = 1e-7
 FILTER_RATE = 0.1  # of Muon's steps, as a share of the rate of everything else
 RGB = 3  # channels of the stem's filters, which read the image itself: no hidden layer, so Muon leaves them to SGD
@@ -32,9 +34,9 @@ def build_optimizer(
     groups += [{"params": others, "weight_decay": 0.0}] if others else []
     if muon:
         groups.append({"params": filters, "weight_decay": 0.0, "lr": stage.lr * FILTER_RATE, "orthogonal": True})
-        return Muon(groups, lr=stage.lr, momentum=0.9, precision=precision)
+        return Muon(groups, lr=stage.lr, momentum=MOMENTUM, precision=precision)
     if recipe.optimizer == "sgd":
-        return with_momentum(torch.optim.SGD(groups, lr=stage.lr, momentum=0.9, nesterov=True, fused=True))
+        return with_momentum(torch.optim.SGD(groups, lr=stage.lr, momentum=MOMENTUM, nesterov=True, fused=True))
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](groups, lr=stage.lr, fused=True)
 
 
@@ -95,8 +97,9 @@ class Muon(torch.optim.SGD):
             weights.sub_(direction * lr)
         else:
             weights.sub_(direction, alpha=lr)
-        for value, old in zip((filters, momentum), before, strict=False):  # GradScaler's overflow: nothing is learnt
-            value.copy_(torch.where(overflow > 0, old, value))
+        if overflow is not None:  # GradScaler's: where a gradient overflowed, nothing is learnt
+            for value, old in zip((filters, momentum), before, strict=True):
+                value.copy_(torch.where(overflow > 0, old, value))
         filters.grad = None  # done: SGD's step passes over it
 
 
@@ -110,10 +113,10 @@ def orthogonalise(matrix: Tensor, precision: torch.dtype = torch.float32) -> Ten
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = (x / (x.norm() + EPSILON)).to(precision)
-    lift = torch.tensor(3.4445, dtype=precision).item()  # as the products see it
+    lift = torch.tensor(LINEAR, dtype=precision).item()  # as the products see it
     square, product = x @ x.T, None
     for iteration in range(ITERATIONS):  # x ← s·x with s a polynomial of x·xᵀ: the s are gathered first
-        step = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        step = torch.addmm(square, square, square, beta=CUBIC, alpha=QUINTIC)
         step.diagonal().add_(lift)
         product = step if product is None else step @ product
         if iteration + 1 < ITERATIONS:
@@ -145,8 +148,8 @@ class RunningAverage:
     """Exponential average of a network's weights and BatchNorm statistics, the first update being a copy.
 
     With `warmup` the decay at update t, counted from 0, is min(decay, (1 + t) / (10 + t)): the average looks back over
-    about a tenth of the steps so far, until it reaches 1 / (1 - decay) steps. Without, a run that is short beside
-    1 / (1 - decay) steps ends on an average that still holds its first weights.
+    about a tenth of the steps so far, until it reaches 1 / (1 - decay) steps. Without warm-up, a run
+    much shorter than 1 / (1 - decay) steps ends on an average that still consists largely of its first weights.
 
     PyTorch's AveragedModel gives the same numbers, but waits for the device at each update, to hand it the count.
     """

@@ -1,6 +1,6 @@
 """What decides a result: a `Recipe`, its stages, the named recipes, and the network that a recipe describes.
 
-Each field is a flag of `train.py`, an entry of `config.json`, and something that a continued run must agree on.
+Each setting is a flag of `train.py` and an entry of `config.json`. A continued run must agree on all that take effect.
 """
 
 import dataclasses
@@ -276,18 +276,19 @@ def replace(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
 
     Raises ValueError if a value is out of range or a list has the wrong length. Other names are ignored.
     """
-    stages = list(recipe.stages)
-    for name in Stage.__dataclass_fields__.keys() & changes.keys():
-        if len(changes[name]) != len(stages):
-            raise ValueError(f"{name} takes {len(stages)} value(s) here, one per stage, not {len(changes[name])}")
-    for index, stage in enumerate(stages):
-        own = {name: changes[name][index] for name in Stage.__dataclass_fields__ if name in changes}
-        stages[index] = dataclasses.replace(stage, **own)
+    count, per_stage = len(recipe.stages), [name for name in Stage.__dataclass_fields__ if name in changes]
+    for name in per_stage:
+        if len(changes[name]) != count:
+            raise ValueError(f"{name} takes {count} value(s) here, one per stage, not {len(changes[name])}")
+    stages = tuple(
+        dataclasses.replace(stage, **{name: changes[name][index] for name in per_stage})
+        for index, stage in enumerate(recipe.stages)
+    )
     rest = _tuples(changes)
     augmentation = {name: rest[name] for name in ViewOptions.__dataclass_fields__ if name in rest}
     return dataclasses.replace(
         recipe,
-        stages=tuple(stages),
+        stages=stages,
         augmentation=dataclasses.replace(recipe.augmentation, **augmentation),
         **{name: rest[name] for name in Recipe.__dataclass_fields__ if name in rest},
     )
@@ -312,7 +313,7 @@ def build_network(recipe: Recipe, classes: int) -> ResNet | WideNet:
     )
 
 
-# The student project's. `train.py`: 35.2 million samples, hours on a GPU; not yet run to its end.
+# The student project's. `train.py`: 35.2 million samples; meant for a GPU, not yet run to its end.
 ORIGINAL = Recipe(
     name="original",
     augmentation=AUGMENTATIONS["original"],

@@ -21,6 +21,7 @@ def check_limits(settings: Any) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if number is None:
                 continue
-            if not (number >= low if above is None else number > above) or not number <= high:  # nan fails both
+            high_enough = number >= low if above is None else number > above
+            if not (high_enough and number <= high):  # nan fails both
                 bound = f"from {low}" if above is None else f"above {above}"
                 raise ValueError(f"{item.name} is {bound} and up to {high}, not {number}")

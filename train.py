@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Train a small image classifier from scratch on STL-10's 5,000 labelled images.
 
-    python3 train.py                    # the original recipe, on a CUDA GPU
-    python3 train.py --demo             # the whole path in under a minute on a CPU, without a data set
+    python3 train.py                    # the original recipe, meant for a CUDA GPU
+    python3 train.py --demo             # the whole path in about a minute on a CPU, without a data set
     python3 train.py --help             # every setting
     torchrun --nproc-per-node 2 train.py …    # the same on two GPUs
 
@@ -74,14 +74,14 @@ def fit(trainer: "Trainer", run: RunFolder, split: Split, runtime: Runtime, inte
     """Begin or continue a run, train to the end of the recipe or until interrupted; returns the exit status."""
     status = 0
     begin_or_continue(trainer, run, len(split.train), runtime)
-    interrupt.listen()
-    try:
-        with interrupt.before_peer_loss(), errors.memory_reported(run.what_needs_memory):
-            train_stages(trainer, run, split, interrupt)
-    except Stopped as stop:
-        reason, status = stop.args
-        print(f"stopped: {reason}")
-    run.finish(trainer.net)
+    with interrupt.listening():
+        try:
+            with interrupt.before_peer_loss(), errors.memory_reported(run.what_needs_memory):
+                train_stages(trainer, run, split, interrupt)
+        except Stopped as stop:
+            reason, status = stop.args
+            print(f"stopped: {reason}")
+        run.finish(trainer.net)
     if status:
         without = " without --overwrite" if runtime.overwrite else ""
         print(f"the same command{without} continues this run")
@@ -201,8 +201,8 @@ class Trainer:
             torch.manual_seed(recipe.seed)
             self.net = build_network(recipe, classes)
         self.net.to(machine.device, memory_format=torch.channels_last)
-        # The weights are net's in every form: on a CPU its channels are padded, then it is compiled, then averaged over
-        # processes.
+        # Every form shares net's weights: its channels are padded (on a CPU, not compiled) or it is compiled; around
+        # that, gradients are averaged over processes.
         pads = machine.device.type == "cpu" and not machine.compile
         padded = with_padded_channels(self.net, recipe, classes) if pads else self.net
         self.form = CompiledForm(padded, machine)
@@ -317,9 +317,10 @@ class Trainer:
 
     def _result(self, losses: Tensor, hits: Tensor, samples: int) -> EpochResult:
         """Fetch an epoch's figures from the device, all at once, and put those of all processes together."""
-        together = torch.cat([losses.double(), hits.double()[None], self._all_finite().double()[None]])
-        together, world = distributed.sum_over_ranks(together.cpu()), self.machine.world
-        return EpochResult((together[:-2] / world).float(), int(together[-2]), samples, bool(together[-1] == world))
+        figures = torch.cat([losses.double(), hits.double()[None], self._all_finite().double()[None]])
+        sums, world = distributed.sum_over_ranks(figures.cpu()), self.machine.world
+        losses, hits, finite = sums.split([len(losses), 1, 1])
+        return EpochResult((losses / world).float(), int(hits), samples, bool(finite == world))
 
     def _all_finite(self) -> Tensor:
         """Whether all numbers that a checkpoint would keep are finite: bool, 0-dim, on the device."""
@@ -337,7 +338,9 @@ class Trainer:
         """
         if not len(val) or not self.machine.leads:
             return None, None
-        logits = scoring.tta_logits(self.eval_model, images[val], size, tta, precision=self.machine.precision)
+        logits = self.graphs.making_room(
+            lambda: scoring.tta_logits(self.eval_model, images[val], size, tta, precision=self.machine.precision)
+        )
         hits, loss = hits_and_loss(logits, labels[val].to(logits.device))
         return loss.item(), hits.item() / len(val)
 

@@ -1,4 +1,4 @@
-"""Everything around the method: commands import it, it imports the method, the method imports none of it.
+"""Everything around the method: commands import it, it imports the method; the method imports only `errors`.
 
 command line and machine   cli machine distributed interrupt errors
 speed                      compiled graphs channel_padding cost progress baseline

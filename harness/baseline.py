@@ -64,6 +64,7 @@ class Baseline:
             torch.set_num_threads(job.runtime.threads)
         self.job, self.device = job, choose_device(job.runtime.device)
         if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # the one that is waited for, and whose memory is read
             torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high")
         images, labels = load(job.data_dir)

@@ -224,7 +224,7 @@ def machine_settings(parser: argparse.ArgumentParser, args: argparse.Namespace) 
     """The machine's part of a parsed command line; a value out of range ends the process with status 2."""
     names = [name for name in (*MACHINE_FLAGS, "compile") if hasattr(args, name)]
     try:
-        return Runtime(**{name: getattr(args, name) for name in names})
+        return Runtime(**{"compile": False} | {name: getattr(args, name) for name in names})
     except ValueError as error:
         parser.error(f"--{error}")
 

@@ -68,7 +68,7 @@ def _own_output(status: os.stat_result) -> int | None:
     """The descriptor by which this process prints into that very file, if it does."""
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):  # closed
-            if os.path.samestat(status, os.fstat(descriptor)):
+            if status.st_ino and os.path.samestat(status, os.fstat(descriptor)):  # some Windows volumes number no file
                 return descriptor
     return None
 
@@ -156,10 +156,15 @@ def locked(folder: Path, *, wait: bool) -> Iterator[Path]:
     """Create `folder` where it is missing and hold it for this process alone; another one waits, or is refused.
 
     The operating system releases the lock however the process ends. Where the file system has no locks, the folder is
-    used without one. Raises RunError where the folder cannot be created or written, or is in use.
+    used without one: a marker file instead would outlive a killed process. Raises RunError where the folder cannot be
+    created or written, or is in use.
     """
     make_folder(folder)
-    lock = filelock.FileLock(folder / LOCK_FILE, timeout=-1 if wait else 0)
+    options = {"timeout": -1 if wait else 0}
+    try:
+        lock = filelock.FileLock(folder / LOCK_FILE, fallback_to_soft=False, **options)
+    except TypeError:  # a version of filelock from before that option
+        lock = filelock.FileLock(folder / LOCK_FILE, **options)
     try:
         lock.acquire()
     except filelock.Timeout:

@@ -4,8 +4,9 @@ On a GPU a step is hundreds of kernels of a few microseconds, and Python needs l
 run. A graph launches all of them at once. It needs no compiler, so it helps where `torch.compile` cannot.
 """
 
+import contextlib
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from harness.errors import is_out_of_memory, reason
 from harness.machine import Machine
 
+Result = TypeVar("Result")
 # eager calls before a function is captured: kernels are compiled and chosen, optimisers make their states
 WARM_CALLS = 3
 
@@ -61,15 +63,35 @@ class Graphs:
             self._graphs[key] = _Graph(function, tensors, constants, self._pool)
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # or the capture's would stay the current one
-            self._pool = None  # it may count as being recorded into for ever
-            if is_out_of_memory(error):  # plain calls need less
-                self.forget()
+            _stop_recording(self._pool)
+            self.forget()  # plain calls need less memory, and the pool may be of no more use
             self._refused.add(function.__name__)
             what, why = function.__name__.replace("_", " "), reason(error.__context__ or error)
             self.machine.note(f"{what} could not be captured as a CUDA graph ({why}): it is slower without")
         if function.__name__ in self._refused:  # called out here, where the exception holds no memory any more
             return function(*tensors, *constants)
         return self._graphs[key].replay(tensors)
+
+    def making_room(self, work: Callable[[], Result]) -> Result:
+        """`work()`; where that lacks memory, again without the graphs, whose memory nothing else can use."""
+        try:
+            return work()
+        except RuntimeError as error:
+            if not (self._graphs and is_out_of_memory(error)):
+                raise
+        self.forget()  # out here, where the exception holds no memory any more
+        return work()
+
+
+def _stop_recording(pool: Any) -> None:
+    """End an allocator's recording into the pool of a failed capture, which PyTorch before 2.14 may leave running.
+
+    Meanwhile it would free no cached memory (PyTorch issue 180395).
+    """
+    with contextlib.suppress(RuntimeError, AttributeError, TypeError):  # it has ended, or these are other versions
+        device = torch.cuda.current_device()
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
 
 
 class _Graph:

@@ -4,6 +4,8 @@ import contextlib
 import math
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +13,9 @@ from typing import Any
 from harness import distributed
 
 STOPPED_BY_TIME = 3  # exit status
-ECHO = 3.0  # seconds in which torchrun passes on what a terminal has sent to all processes already
+# Seconds in which one and the same request to stop may come twice: torchrun passes on what a terminal has sent to all
+# processes already, and a notebook's Stop goes both to a command that a cell runs and to its group of processes.
+TORCHRUN_ECHO, ECHO = 3.0, 0.5
 
 
 class Stopped(Exception):
@@ -21,23 +25,37 @@ class Stopped(Exception):
 class Interrupt:
     """Notes SIGINT and SIGTERM for the end of the step, and watches the time limit.
 
-    `max_minutes`: 0 is no limit; counted from when this is made. Signals are noted from `listen` on.
+    `max_minutes`: 0 is no limit; counted from when this is made.
     """
 
     def __init__(self, max_minutes: float, world: int) -> None:
         self.max_minutes, self.world, self.received, self._came = max_minutes, world, 0, math.inf
         self.deadline = time.monotonic() + (max_minutes * 60 or math.inf)
 
-    def listen(self) -> None:
-        """From now on a signal is noted, and only a second one ends the process at once."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Meanwhile a signal is noted, and only a second one ends the process at once (in a notebook: the cell).
+
+        Outside the main thread, where Python allows no handler, signals keep the effect that they have.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            if self.world == 1:  # to one of torchrun's processes an echo may still come
+                for number, handler in before.items():
+                    signal.signal(number, handler or signal.SIG_DFL)
 
     def _on_signal(self, number: int, _: Any) -> None:
         now = time.monotonic()
         if not self.received:
             self.received, self._came = number, now
-        elif self.world == 1 or now > self._came + ECHO:
+        elif now > self._came + (ECHO if self.world == 1 else TORCHRUN_ECHO):
+            if "ipykernel" in sys.modules:  # the process is the notebook's, with all that it holds
+                raise KeyboardInterrupt
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 

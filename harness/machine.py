@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import importlib.util
 import os
 import platform
@@ -118,11 +119,12 @@ def start_machine(runtime: Runtime) -> Machine:
     device = choose_device(runtime.device)
     if world > 1 and device.type == "cuda":
         device = choose_device(f"cuda:{local_rank}")
-    if runtime.threads:
-        torch.set_num_threads(runtime.threads)
+    threads = runtime.threads or _own_threads()
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
     if device.type == "cuda":
+        _try_kernel(device)  # before set_device, which may fail where another program has the card for itself
         torch.cuda.set_device(device)
-        _try_kernel(device)
         torch.backends.cudnn.benchmark = not runtime.deterministic  # sizes are static: the search pays at once
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 was asked for
         torch.backends.cudnn.allow_tf32 = True
@@ -146,6 +148,12 @@ def start_machine(runtime: Runtime) -> Machine:
     return machine
 
 
+@functools.cache
+def _own_threads() -> int:
+    """This process's CPU threads before its first run: a notebook's next run must not have this one's --threads."""
+    return torch.get_num_threads()
+
+
 def choose_device(name: str) -> torch.device:
     """The device of a name that `Runtime` takes, a CUDA device with its index; `auto` takes CUDA where there is any.
 
@@ -166,8 +174,10 @@ def _cuda_is_usable() -> bool:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         usable = torch.cuda.is_available()
-    if not usable and (caught or Path("/proc/driver/nvidia/version").exists()):
-        why = reason(caught[0].message) if caught else "this PyTorch was built without CUDA, or sees no device"
+    driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi")
+    if not usable and (caught or driver):
+        no_cuda = "this PyTorch was built without CUDA (builds with it: pytorch.org), or sees no device"
+        why = reason(caught[0].message) if caught else no_cuda
         print(
             f"warning: there is an NVIDIA driver, but PyTorch cannot use it, so the CPU trains: {why}", file=sys.stderr
         )
@@ -195,7 +205,10 @@ def _try_kernel(device: torch.device) -> None:
         if is_out_of_memory(error):
             raise RunError(f"{name} has no free memory: end what else runs on it, or use --device cpu") from error
         why = reason(error)
-    raise RunError(f"{name} cannot be used: {why}; install an older PyTorch that has them, or use --device cpu")
+    oldest = min(((its_major, its_minor) for _, its_major, its_minor in capabilities), default=(0, 0))
+    # of the versions that this project runs with, the builds for CUDA 12.6 have the kernels for the oldest cards
+    build = "its build for CUDA 12.6" if (major, minor) < oldest else "a newer build"
+    raise RunError(f"{name} cannot be used: {why}; install {build} (pytorch.org), or use --device cpu")
 
 
 def _precision(device: torch.device, wanted: str) -> torch.dtype:

@@ -16,7 +16,8 @@ from harness.picture_defaults import fit_views
 from harness.text import duration
 from recipes import CPU, Recipe, build_network
 
-COLD_STEPS = 5  # of an epoch: compilation, captured graphs, fresh memory
+COLD_STEPS = 5  # of an epoch: compilation, fresh memory
+CAPTURES = 150  # steps in which most orders of the four colour operations have come twice, and so been captured
 WARM_STEPS = 10  # after them, which are timed
 SOON, LONG = 60.0, 4 * 3600.0  # seconds
 
@@ -50,7 +51,8 @@ class Progress:
         self._compiled.add((size, stage.batch))
         if compiles and self.machine.leads:
             print(f"compiling the step for {size} px …", flush=True)
-        began, cold, clock = time.perf_counter(), 0.0, WarmClock(self.machine.device)
+        cold_steps = min(CAPTURES, steps // 2) if self.machine.graphs else COLD_STEPS
+        began, cold, clock = time.perf_counter(), 0.0, WarmClock(self.machine.device, cold_steps)
         hidden = None if self.machine.leads else True  # None: hidden where there is no terminal
         title = f"epoch {epochs_done + 1}/{self.recipe.epochs}"
         postfix = f"loss {rows[-1]['train_loss']:.3f}" if rows else ""
@@ -60,7 +62,7 @@ class Progress:
                 nonlocal cold
                 bar.update()
                 clock.tick()
-                if clock.steps == COLD_STEPS:
+                if clock.steps == cold_steps:
                     cold = time.perf_counter() - began
                 if clock.step_seconds and self._forecast_of != stage_index and self.machine.leads:
                     self._forecast_of = stage_index
@@ -69,7 +71,7 @@ class Progress:
 
             yield tick
         seconds = time.perf_counter() - began
-        extra = cold - COLD_STEPS * clock.step_seconds if compiles and clock.step_seconds else 0.0
+        extra = cold - cold_steps * clock.step_seconds if compiles and clock.step_seconds else 0.0
         self.cold_seconds = min(max(extra, 0.0), seconds)
         self.samples_per_second = steps * stage.batch / max(seconds - self.cold_seconds, 1e-9)
 
@@ -100,16 +102,16 @@ class Progress:
 
 
 class WarmClock:
-    """Times WARM_STEPS steps after COLD_STEPS, by the device's own clock; `step_seconds` is 0 until it is known."""
+    """Times WARM_STEPS steps after `cold` ones, by the device's own clock; `step_seconds` is 0 until it is known."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.cuda, self.steps, self.step_seconds = device.type == "cuda", 0, 0.0
+    def __init__(self, device: torch.device, cold: int = COLD_STEPS) -> None:
+        self.cuda, self.cold, self.steps, self.step_seconds = device.type == "cuda", cold, 0, 0.0
         self._marks: list = []
 
     def tick(self) -> None:
         """Note the end of a step."""
         self.steps += 1
-        if self.steps in (COLD_STEPS, COLD_STEPS + WARM_STEPS):
+        if self.steps in (self.cold, self.cold + WARM_STEPS):
             self._marks.append(torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter())
             if self.cuda:
                 self._marks[-1].record()

@@ -11,7 +11,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -236,12 +236,18 @@ class RunFolder:
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        try:
+        with self._forgiven_if_open("metrics.csv"):
             files.write_text(self.folder / "metrics.csv", text.getvalue())
+
+    @contextlib.contextmanager
+    def _forgiven_if_open(self, what: str) -> Iterator[None]:
+        """Let a run go on where Windows refuses to replace a file that another program shows: it can be made again."""
+        try:
+            yield
         except RunError as error:
             if not (files.PAUSES and isinstance(error.__cause__, PermissionError)):
                 raise
-            self.machine.note("metrics.csv is open in another program, and is written again after the next epoch")
+            self.machine.note(f"{what} is open in another program; a later epoch, or the same command, writes it again")
 
     def draw_views(self, stage_index: int, images: Tensor, labels: Tensor, draws: EpochDraws, size: int) -> None:
         """Draw the first views of a stage, as the network will see them."""
@@ -250,13 +256,16 @@ class RunFolder:
         rows = slice(0, self.recipe.stages[stage_index].batch)
         batch = make_batch(images, labels, draws, 0, rows, size, self.recipe.augmentation)
         heading = f"{self.name}, stage {stage_index + 1}: training views at {size} px"
-        run_plots.views(self.folder / f"views-stage{stage_index + 1}.png", heading, batch, self.classes)
+        name = f"views-stage{stage_index + 1}.png"
+        with self._forgiven_if_open(name):
+            run_plots.views(self.folder / name, heading, batch, self.classes)
 
     def draw(self) -> None:
         """Draw the plots of the rows."""
         if not self.rows or not self.machine.leads:
             return
-        run_plots.curves(self.folder, self.name, self.recipe, self.rows, self.images["val"])
+        with self._forgiven_if_open("a plot"):
+            run_plots.curves(self.folder, self.name, self.recipe, self.rows, self.images["val"])
         self._drawn = time.monotonic()
 
     def finish(self, net: torch.nn.Module) -> None:

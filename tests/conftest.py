@@ -1,7 +1,5 @@
-import contextlib
 import functools
 import os
-import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,23 +45,6 @@ def emulated_card(monkeypatch: pytest.MonkeyPatch) -> str:
     return os.environ["FAKECUDA"]
 
 
-@contextlib.contextmanager
-def signal_handlers_restored() -> Iterator[None]:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-@pytest.fixture(autouse=True)
-def signal_handlers() -> Iterator[None]:
-    """Training in this process sets signal handlers: no test leaves them behind."""
-    with signal_handlers_restored():
-        yield
-
-
 drawn_once = functools.cache(demo_shapes.draw_shapes)
 
 
@@ -92,7 +73,7 @@ def empty_plots(monkeypatch: pytest.MonkeyPatch) -> None:
 def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders of two finished runs of seeds 0 and 1 on the small demo: three epochs, then one; plots are empty."""
     root = tmp_path_factory.mktemp("tiny")
-    with signal_handlers_restored(), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         shrink_demo(patch)
         save_empty_plots(patch)
         for seed in "01":

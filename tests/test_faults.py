@@ -340,6 +340,26 @@ def test_two_runs_in_one_folder(out: list[str], log: Path) -> None:
         pass
 
 
+# holds the folder that is named, on a file system without locks, and ends as by SIGKILL
+WITHOUT_LOCKS = """
+import errno, fcntl, os, sys
+from pathlib import Path
+def flock(*_):
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+fcntl.flock = flock
+from harness.files import locked
+with locked(Path(sys.argv[1]), wait=False):
+    os._exit(9)
+"""
+
+
+def test_a_killed_run_leaves_no_lock_where_the_file_system_has_none(tmp_path: Path) -> None:
+    for _ in range(2):
+        command = [sys.executable, "-c", WITHOUT_LOCKS, str(tmp_path)]
+        ended = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+        assert ended.returncode == 9, ended.stderr
+
+
 def onto(path: str, number: int, mode: int = os.O_RDWR) -> None:
     """Let descriptor `number` write to (or read from) a device."""
     os.dup2(os.open(path, mode), number)

@@ -193,6 +193,33 @@ def test_a_graph_reads_its_inputs_anew_and_constants_have_graphs_of_their_own(re
     assert total == 2 * (1 + 2 + 3 + 4 + 5) * (2 + 3)
 
 
+def test_what_lacks_memory_beside_the_graphs_gets_theirs(recorded: None):
+    graphs = Graphs(Machine(CPU, torch.float32, compile=False))
+    graphs.enabled = True
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    def score() -> str:
+        if graphs._graphs:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return "scored"
+
+    def broken() -> None:
+        raise RuntimeError("another matter")
+
+    x = torch.ones(2)
+    for _ in range(2):
+        for _ in range(3):
+            assert graphs.run(double, (x,), warm=1).tolist() == [2.0, 2.0]
+        assert graphs._graphs
+        with pytest.raises(RuntimeError, match="another matter"):
+            graphs.making_room(broken)
+        assert graphs.making_room(score) == "scored" and not graphs._graphs
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs.making_room(lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+
+
 def test_rates_on_the_device_are_what_a_schedule_sets():
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([weight], lr=0.5)

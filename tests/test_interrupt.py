@@ -1,9 +1,12 @@
 """How a run is stopped: by real signals to this process or one forked from it, and by a clock that the tests set."""
 
+import contextlib
 import os
 import signal
+import sys
+import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -23,10 +26,19 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     return clock
 
 
-def listening(world: int = 1) -> Interrupt:
+@pytest.fixture(autouse=True)
+def handlers_restored() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def listening(world: int = 1) -> Iterator[Interrupt]:
     either = Interrupt(0.0, world)
-    either.listen()
-    return either
+    with either.listening():
+        yield either
 
 
 def signals(*numbers: int) -> None:
@@ -48,11 +60,11 @@ def ended_by(work: Callable[[], None]) -> int | None:
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_is_noted_and_stops_the_run_when_it_is_asked_for(number: int, status: int):
-    either = listening()
-    either.stop_if_signalled()
-    signals(number)
-    with pytest.raises(Stopped) as stop:
+    with listening() as either:
         either.stop_if_signalled()
+        signals(number)
+        with pytest.raises(Stopped) as stop:
+            either.stop_if_signalled()
     reason, code = stop.value.args
     assert reason.startswith(f"{signal.Signals(number).name} came") and code == status
 
@@ -60,24 +72,63 @@ def test_a_signal_is_noted_and_stops_the_run_when_it_is_asked_for(number: int, s
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("first", SIGNALS)
 @pytest.mark.parametrize("second", SIGNALS)
-def test_a_second_signal_ends_the_process_at_once(first: int, second: int):
+def test_a_second_signal_ends_the_process_at_once(first: int, second: int, clock: types.SimpleNamespace):
     def work() -> None:
-        listening()
-        signals(first, second)
+        with listening():
+            signals(first)
+            clock.now += 0.6
+            signals(second)
 
     assert ended_by(work) == second
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("seconds, ended", [(0.0, None), (2.9, None), (3.1, signal.SIGINT)])
-def test_under_torchrun_the_echo_of_a_signal_is_none(seconds: float, ended: int | None, clock: types.SimpleNamespace):
+@pytest.mark.parametrize(
+    "world, seconds, ended",
+    [(1, 0.0, None), (1, 0.4, None), (2, 0.0, None), (2, 2.9, None), (2, 3.1, signal.SIGINT)],
+)
+def test_the_echo_of_a_signal_is_none(world: int, seconds: float, ended: int | None, clock: types.SimpleNamespace):
+    """Torchrun's, and in a single process a notebook's."""
+
     def work() -> None:
-        listening(world=2)
-        signals(signal.SIGINT)
-        clock.now += seconds
-        signals(signal.SIGINT)
+        with listening(world):
+            signals(signal.SIGINT)
+            clock.now += seconds
+            signals(signal.SIGINT)
 
     assert ended_by(work) == ended
+
+
+def test_a_second_stop_ends_a_notebook_s_cell_and_not_its_kernel(clock: types.SimpleNamespace, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    with listening():
+        signals(signal.SIGINT)
+        clock.now += 0.6
+        with pytest.raises(KeyboardInterrupt):
+            signals(signal.SIGINT)
+
+
+def test_a_run_leaves_the_handlers_as_they_were():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    for _ in range(2):
+        with listening() as either:
+            signals(signal.SIGINT)
+            with pytest.raises(Stopped):
+                either.stop_if_signalled()
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_outside_the_main_thread_signals_are_left_alone():
+    before, there = [signal.getsignal(number) for number in SIGNALS], []
+
+    def work() -> None:
+        with listening():
+            there.extend(signal.getsignal(number) for number in SIGNALS)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert there == before
 
 
 def test_a_run_stops_before_an_epoch_that_would_end_too_late(clock: types.SimpleNamespace):
@@ -96,11 +147,11 @@ def test_without_a_limit_there_is_always_time(clock: types.SimpleNamespace):
 
 
 def test_who_has_a_signal_stops_by_it_rather_than_by_losing_the_others():
-    either = listening(world=2)
-    with pytest.raises(PeerLost), either.before_peer_loss():
-        raise PeerLost("gone")
-    signals(signal.SIGTERM)
-    with pytest.raises(Stopped), either.before_peer_loss():
-        raise PeerLost("gone")
-    with pytest.raises(ValueError), either.before_peer_loss():
-        raise ValueError("another matter")
+    with listening(world=2) as either:
+        with pytest.raises(PeerLost), either.before_peer_loss():
+            raise PeerLost("gone")
+        signals(signal.SIGTERM)
+        with pytest.raises(Stopped), either.before_peer_loss():
+            raise PeerLost("gone")
+        with pytest.raises(ValueError), either.before_peer_loss():
+            raise ValueError("another matter")

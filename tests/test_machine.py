@@ -42,6 +42,16 @@ def test_deterministic_is_set_where_asked_for(restored):
     assert torch.are_deterministic_algorithms_enabled()
 
 
+def test_a_run_s_threads_are_not_those_of_the_next(restored):
+    """In one process, as a notebook's cells are."""
+    machine_module._own_threads.cache_clear()
+    torch.set_num_threads(2)
+    for asked, threads in ((None, 2), (1, 1), (None, 2), (3, 3), (None, 2)):
+        start_machine(Runtime(device="cpu", threads=asked))
+        assert torch.get_num_threads() == threads
+    machine_module._own_threads.cache_clear()
+
+
 def test_a_device_that_is_not_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(RunError, match="--device cuda:7: .* use"):
@@ -100,21 +110,23 @@ def test_precisions_are_named_in_words(name: str, precision: torch.dtype):
 
 
 @pytest.mark.parametrize(
-    ("names", "capability", "works"),
+    ("names", "capability", "build"),
     [
-        (["gfx90a", "gfx1100"], (11, 0), True),  # AMD's: whether a kernel runs is what tells
-        (["sm_80", "sm_90a", "compute_90"], (9, 0), True),
-        (["sm_80", "compute_80"], (7, 5), False),
+        (["gfx90a", "gfx1100"], (11, 0), None),  # AMD's: whether a kernel runs is what tells
+        (["sm_80", "sm_90a", "compute_90"], (9, 0), None),
+        (["sm_80", "compute_80"], (7, 5), "its build for CUDA 12.6"),
+        (["sm_50", "sm_90"], (12, 0), "a newer build"),
     ],
 )
-def test_a_card_is_tried_where_the_build_may_have_its_kernels(names, capability, works, monkeypatch):
+def test_a_card_is_tried_where_the_build_may_have_its_kernels(names, capability, build, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: names)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    if works:
+    if build is None:
         machine_module._try_kernel(CPU)
     else:
-        with pytest.raises(RunError, match=r"a card cannot be used: .*capability 7\.5"):
+        major, minor = capability
+        with pytest.raises(RunError, match=rf"a card cannot be used: .*capability {major}\.{minor}; install {build}"):
             machine_module._try_kernel(CPU)
 
 

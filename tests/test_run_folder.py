@@ -1,6 +1,8 @@
 """What a run leaves in its folder: pictures of training views, rates, notes and the summary."""
 
+import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -13,13 +15,36 @@ from picture_folders import TINY, fill
 import evaluate
 import train
 from augment import denormalise
-from harness import checkpoint, cli, errors, plots
+from harness import checkpoint, cli, errors, files, plots
 from harness.demo_shapes import DEMO_CLASSES
 from harness.images import recorded_source
 from recipes import Stage
 from scheduler import warmup_cosine_rate
 
 MIXED = "--mixup 1 --cutmix 1 --mix-probability 0.8 --erase 0.5".split()
+
+
+def test_a_run_goes_on_beside_a_program_that_shows_its_pictures(
+    tmp_path: Path, small_demo, empty_plots, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """As Windows refuses to replace a file that is open."""
+    rename = os.replace
+
+    def held(source: Path, target: Path) -> None:
+        if Path(target).suffix in (".png", ".csv"):
+            raise PermissionError(errno.EACCES, "Access is denied", target)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", held)
+    monkeypatch.setattr(files, "PAUSES", (0.0,))
+    flags = [*TINY_RUN, "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
+    assert train.main(flags) == 0
+    said = capsys.readouterr().out
+    for what in ("metrics.csv", "a plot", "views-stage1.png"):
+        assert f"note: {what} is open in another program" in said
+    monkeypatch.setattr(os, "replace", rename)
+    assert train.main(flags) == 0
+    assert {"metrics.csv", "accuracy.png"} <= {path.name for path in (tmp_path / "run").iterdir()}
 
 
 @pytest.mark.parametrize("flags", [[], MIXED], ids=["plain", "mixed and erased"])
