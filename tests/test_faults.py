@@ -358,6 +358,7 @@ def test_a_killed_run_leaves_no_lock_where_the_file_system_has_none(tmp_path: Pa
         command = [sys.executable, "-c", WITHOUT_LOCKS, str(tmp_path)]
         ended = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
         assert ended.returncode == 9, ended.stderr
+        assert all(path.read_bytes() == b"" for path in tmp_path.iterdir())  # it names no process that holds it
 
 
 def onto(path: str, number: int, mode: int = os.O_RDWR) -> None:
