@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -145,7 +146,8 @@ def limit_files(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-def send(*numbers: int) -> None:
-    """Send signals to this process."""
+def send(*numbers: int, apart: float = 0.0) -> None:
+    """Send signals to this process, so many seconds apart."""
     for number in numbers:
         os.kill(os.getpid(), number)
+        time.sleep(apart)
