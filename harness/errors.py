@@ -18,7 +18,7 @@ from harness.text import escape, printable
 # what PyTorch's allocators on CPU and CUDA, cuBLAS, cuDNN, oneDNN, C++ and the dynamic linker say
 NO_MEMORY = re.compile(
     r"can'?t allocate memory|cannot allocate memory|not enough memory|out of memory|alloc_failed|bad_alloc"
-    r"|failed to map segment|could not (create|execute) a primitive$|unable to find an engine to execute",
+    r"|failed to map segment|could not (create|execute) a primitive$|FIND was unable to find an engine",
     re.IGNORECASE,
 )
 

@@ -45,7 +45,8 @@ class Interrupt:
         try:
             yield
         finally:
-            if self.world == 1:  # to one of torchrun's processes an echo may still come
+            if self.world == 1:  # to one of torchrun's processes an echo may come for seconds
+                time.sleep(max(0.0, self._came + ECHO - time.monotonic()) if self.received else 0.0)
                 for number, handler in before.items():
                     signal.signal(number, handler or signal.SIG_DFL)
 

@@ -119,9 +119,9 @@ def start_machine(runtime: Runtime) -> Machine:
     device = choose_device(runtime.device)
     if world > 1 and device.type == "cuda":
         device = choose_device(f"cuda:{local_rank}")
-    threads = runtime.threads or _own_threads()
-    if threads != torch.get_num_threads():
-        torch.set_num_threads(threads)
+    own_threads = _own_threads()
+    if runtime.threads or own_threads != torch.get_num_threads():
+        torch.set_num_threads(runtime.threads or own_threads)
     if device.type == "cuda":
         _try_kernel(device)  # before set_device, which may fail where another program has the card for itself
         torch.cuda.set_device(device)
@@ -205,6 +205,8 @@ def _try_kernel(device: torch.device) -> None:
         if is_out_of_memory(error):
             raise RunError(f"{name} has no free memory: end what else runs on it, or use --device cpu") from error
         why = reason(error)
+        if capabilities:  # this build has its kernels, so another build would not help
+            raise RunError(f"{name} cannot be used: {why}; end what else runs on it, or use --device cpu") from error
     oldest = min(((its_major, its_minor) for _, its_major, its_minor in capabilities), default=(0, 0))
     # of the versions that this project runs with, the builds for CUDA 12.6 have the kernels for the oldest cards
     build = "its build for CUDA 12.6" if (major, minor) < oldest else "a newer build"

@@ -51,7 +51,9 @@ class Progress:
         self._compiled.add((size, stage.batch))
         if compiles and self.machine.leads:
             print(f"compiling the step for {size} px …", flush=True)
-        cold_steps = min(CAPTURES, steps // 2) if self.machine.graphs else COLD_STEPS
+        cold_steps = COLD_STEPS
+        if self.machine.graphs:
+            cold_steps = max(COLD_STEPS, min(CAPTURES, steps // 2, steps - WARM_STEPS))
         began, cold, clock = time.perf_counter(), 0.0, WarmClock(self.machine.device, cold_steps)
         hidden = None if self.machine.leads else True  # None: hidden where there is no terminal
         title = f"epoch {epochs_done + 1}/{self.recipe.epochs}"
@@ -70,6 +72,7 @@ class Progress:
                         tqdm.write(forecast)
 
             yield tick
+            clock.read()  # by now the device has passed both marks
         seconds = time.perf_counter() - began
         extra = cold - cold_steps * clock.step_seconds if compiles and clock.step_seconds else 0.0
         self.cold_seconds = min(max(extra, 0.0), seconds)
@@ -115,12 +118,16 @@ class WarmClock:
             self._marks.append(torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter())
             if self.cuda:
                 self._marks[-1].record()
+        self.read()
+
+    def read(self) -> None:
+        """Set `step_seconds` if the device has passed both marks."""
         if len(self._marks) < 2 or self.step_seconds:
             return
         first, last = self._marks
         if not self.cuda:
             self.step_seconds = (last - first) / WARM_STEPS
-        elif last.query():  # else it is not reached yet: ask again after the next step
+        elif last.query():
             self.step_seconds = first.elapsed_time(last) / 1000 / WARM_STEPS
 
 

@@ -240,14 +240,14 @@ class RunFolder:
             files.write_text(self.folder / "metrics.csv", text.getvalue())
 
     @contextlib.contextmanager
-    def _forgiven_if_open(self, what: str) -> Iterator[None]:
+    def _forgiven_if_open(self, name: str) -> Iterator[None]:
         """Let a run go on where Windows refuses to replace a file that another program shows: it can be made again."""
         try:
             yield
         except RunError as error:
             if not (files.PAUSES and isinstance(error.__cause__, PermissionError)):
                 raise
-            self.machine.note(f"{what} is open in another program; a later epoch, or the same command, writes it again")
+            self.machine.note(f"{name} is open in another program and stays as it was until it is next written")
 
     def draw_views(self, stage_index: int, images: Tensor, labels: Tensor, draws: EpochDraws, size: int) -> None:
         """Draw the first views of a stage, as the network will see them."""
@@ -264,8 +264,10 @@ class RunFolder:
         """Draw the plots of the rows."""
         if not self.rows or not self.machine.leads:
             return
-        with self._forgiven_if_open("a plot"):
-            run_plots.curves(self.folder, self.name, self.recipe, self.rows, self.images["val"])
+        plots = run_plots.curves(self.folder, self.name, self.recipe, self.rows, self.images["val"])
+        for path, draw in plots.items():
+            with self._forgiven_if_open(path.name):
+                draw()
         self._drawn = time.monotonic()
 
     def finish(self, net: torch.nn.Module) -> None:

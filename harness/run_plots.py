@@ -1,6 +1,7 @@
 """The plots of a run: its curves, and sheets of the views that it trains on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +28,31 @@ def _label(classes: Sequence[str], label: int, other: int, share: float) -> str:
     return "\n".join(plots.beside(name, f" {part:.0%}") for part, name in parts)
 
 
-def curves(folder: Path, title: str, recipe: Recipe, rows: Sequence[Mapping[str, Any]], val_images: int) -> None:
-    """Draw accuracy (where there is one), losses and learning rate of a run's rows into its folder."""
+def curves(
+    folder: Path, title: str, recipe: Recipe, rows: Sequence[Mapping[str, Any]], val_images: int
+) -> dict[Path, Callable[[], None]]:
+    """What draws accuracy (where there is one), losses and learning rate of a run's rows into its folder."""
     shared = {
         "title": title,
         "restarts": _restarts(recipe),
         "stage_names": [f"{'→'.join(map(str, dict.fromkeys(s.crop_size)))} px" for s in recipe.stages],
     }
-    if any(row["val_accuracy"] is not None for row in rows):
-        plots.accuracy(folder / "accuracy.png", rows, val_images=val_images, **shared)
-    plots.losses(folder / "losses.png", rows, **shared)
     points = [(n, epoch / 8) for n, stage in enumerate(recipe.stages) for epoch in range(8 * stage.epochs)]
     at = float if recipe.rate_by_step else int  # a rate that changes with the epoch is that of its beginning
-    plots.learning_rate(
-        folder / "learning_rate.png",
+    rates = (
         [recipe.first_epoch_of(index) + epoch for index, epoch in points],
         [recipe.learning_rate(recipe.stages[index], at(epoch)) for index, epoch in points],
         [index + 1 for index, _ in points],
-        **shared,
     )
+    accuracy, losses, rate = (folder / f"{name}.png" for name in ("accuracy", "losses", "learning_rate"))
+    drawn = {
+        accuracy: partial(plots.accuracy, accuracy, rows, val_images=val_images, **shared),
+        losses: partial(plots.losses, losses, rows, **shared),
+        rate: partial(plots.learning_rate, rate, *rates, **shared),
+    }
+    if all(row["val_accuracy"] is None for row in rows):
+        del drawn[accuracy]
+    return drawn
 
 
 def _restarts(recipe: Recipe) -> list[int]:

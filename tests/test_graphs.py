@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from augment import draw_epoch
+from harness import scoring
 from harness.graphs import Graphs
 from harness.machine import Machine
 from optim import rates_on_device
@@ -172,7 +173,7 @@ def test_a_failed_capture_costs_no_other_and_tells_its_cause(
         x = torch.full((2,), float(number))
         assert graphs.run(first, (x,), warm=1).tolist() == [number + 1] * 2
         assert graphs.run(second, (x,), warm=1).tolist() == [number + 2] * 2
-    assert streams[-1] == "the usual one" and len(graphs._graphs) == 1
+    assert streams[-1] == "the usual one" and [key[0] for key in graphs._graphs] == ["second"]
     assert graphs.machine.notes == ["first could not be captured as a CUDA graph (x.item() cannot be captured): it is "
                                     "slower without"]  # fmt: skip
 
@@ -218,6 +219,22 @@ def test_what_lacks_memory_beside_the_graphs_gets_theirs(recorded: None):
         assert graphs.making_room(score) == "scored" and not graphs._graphs
     with pytest.raises(torch.OutOfMemoryError):
         graphs.making_room(lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+
+
+def test_validation_may_take_the_graphs_memory(recorded: None, monkeypatch: pytest.MonkeyPatch):
+    trainer, _ = trained(SMALL["bottleneck"], torch.float32, graphs=True, epochs=1)
+    score = scoring.tta_logits
+
+    def short_of_memory(*args: Any, **options: Any) -> torch.Tensor:
+        if trainer.graphs._graphs:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return score(*args, **options)
+
+    monkeypatch.setattr(scoring, "tta_logits", short_of_memory)
+    images, labels = torch.zeros(4, 3, 40, 40, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
+    assert trainer.graphs._graphs
+    loss, accuracy = trainer.validate(images, labels, torch.arange(4), 40, "none")
+    assert loss > 0 and 0 <= accuracy <= 1 and not trainer.graphs._graphs
 
 
 def test_rates_on_the_device_are_what_a_schedule_sets():

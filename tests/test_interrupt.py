@@ -21,13 +21,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def clock(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     """Stands for the module `time`, and stands still."""
     clock = types.SimpleNamespace(now=1000.0)
-    clock.monotonic = lambda: clock.now
+    clock.monotonic, clock.sleep = (lambda: clock.now), (lambda seconds: None)
     monkeypatch.setattr(interrupt, "time", clock)
     return clock
 
 
 @pytest.fixture(autouse=True)
-def handlers_restored() -> Iterator[None]:
+def handlers_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)  # another test may have loaded it
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
@@ -116,6 +117,12 @@ def test_a_run_leaves_the_handlers_as_they_were():
             with pytest.raises(Stopped):
                 either.stop_if_signalled()
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_an_echo_that_comes_when_the_run_has_ended_is_still_one():
+    with listening():
+        signals(signal.SIGINT)
+        threading.Timer(0.2, signals, [signal.SIGINT]).start()
 
 
 def test_outside_the_main_thread_signals_are_left_alone():

@@ -76,6 +76,14 @@ def test_compilation_is_no_part_of_a_rate_and_is_announced_once_a_crop_size(cloc
     assert announced == ["compiling the step for 32 px …", "compiling the step for 48 px …"]
 
 
+@pytest.mark.parametrize("steps, cold", [(18, 8), (50, 25), (1000, 150)])
+def test_what_graphs_cost_while_they_are_captured_is_no_part_of_a_rate(steps: int, cold: int, clock: Clock):
+    watch = of(two_stages(), dataclasses.replace(PLAIN, compile=True, graphs=True), images=8 * steps)
+    run_epoch(watch, clock, [2.0] * cold + [1.0] * (steps - cold))
+    assert watch.cold_seconds == pytest.approx(cold)
+    assert watch.samples_per_second == pytest.approx(8)
+
+
 def test_the_forecast_comes_once_a_stage_from_the_leader_alone(clock: Clock, capsys):
     watch = of(two_stages(), images=1_000)
     for epochs_done in range(5):

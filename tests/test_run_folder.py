@@ -40,11 +40,11 @@ def test_a_run_goes_on_beside_a_program_that_shows_its_pictures(
     flags = [*TINY_RUN, "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
     assert train.main(flags) == 0
     said = capsys.readouterr().out
-    for what in ("metrics.csv", "a plot", "views-stage1.png"):
-        assert f"note: {what} is open in another program" in said
+    for name in ("metrics.csv", "accuracy.png", "losses.png", "learning_rate.png", "views-stage1.png"):
+        assert f"note: {name} is open in another program" in said
     monkeypatch.setattr(os, "replace", rename)
     assert train.main(flags) == 0
-    assert {"metrics.csv", "accuracy.png"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"metrics.csv", "accuracy.png", "losses.png"} <= {path.name for path in (tmp_path / "run").iterdir()}
 
 
 @pytest.mark.parametrize("flags", [[], MIXED], ids=["plain", "mixed and erased"])
