@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -26,6 +27,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """All but the tests of a GPU are of the CPU's figures, and so see none, processes that they start included."""
     if "cuda" not in config.option.markexpr.replace("not cuda", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws from the global generator does not depend on the tests before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -275,3 +275,12 @@ def test_on_real_images_the_missing_antialias_filter_changes_little():
     ours = augment.augment(images, random_uniforms(64), FIRST_ORDER, 70, PLAIN)
     filtered = tv.resize(images / 255, [70, 70], antialias=True)
     assert (ours - filtered).abs().mean() < 0.015
+
+
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
+def test_a_strength_switches_its_own_operation_alone(name: str):
+    images, uniforms, options = noise(4), random_uniforms(4), replace(PLAIN, **{name: 0.3})
+    amounts = getattr(view_parameters(uniforms, 96, 96, options), name).tolist()
+    views = augment.augment(images, uniforms, FIRST_ORDER, 96, options)
+    for image, amount, view in zip(images, amounts, views, strict=True):
+        torch.testing.assert_close(view, getattr(tv, f"adjust_{name}")(image / 255, amount), rtol=0, atol=2e-5)

@@ -54,15 +54,17 @@ def nothing_kept():
     augment._whole_numbers.cache_clear()
 
 
+@pytest.mark.parametrize("place", ["cuda", "cpu"])  # images that would fill a card stay on the host
 @pytest.mark.parametrize("options", SOME)
-def test_all_stays_on_the_device_and_nothing_waits_for_it(options: ViewOptions, nothing_kept: None):
+def test_all_stays_on_the_device_and_nothing_waits_for_it(options: ViewOptions, place: str, nothing_kept: None):
     """Fake CUDA tensors refuse to meet tensors of the CPU and to be read from the host."""
     augment._whole_numbers.cache_clear()  # of another mode's fake tensors
     with FakeTensorMode():
-        images = torch.empty(8, 3, 96, 96, dtype=torch.uint8, device="cuda")
-        labels, order = (torch.empty(8, dtype=torch.int64, device="cuda") for _ in range(2))
-        uniforms, own_share = torch.empty(8, ALL_COLUMNS, device="cuda"), torch.empty(8, device="cuda")
-        draws = EpochDraws(order, uniforms, own_share, [(0, 1, 2, 3)])
+        images = torch.empty(8, 3, 96, 96, dtype=torch.uint8, device=place)
+        labels = torch.empty(8, dtype=torch.int64, device=place)
+        order, uniforms = torch.empty(8, dtype=torch.int64), torch.empty(8, ALL_COLUMNS)
+        draws = EpochDraws(order, uniforms, torch.empty(8), [(0, 1, 2, 3)]).to("cuda", place)
+        assert draws.order.device.type == place
         batch = make_batch(images, labels, draws, 0, slice(0, 8), 70, options)
     augment._whole_numbers.cache_clear()
     assert {tensor.device.type for tensor in batch} == {"cuda"}

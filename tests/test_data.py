@@ -263,7 +263,7 @@ def test_class_names_are_the_official_ones(official):
     assert data.CLASSES == tuple((Path(os.environ["STL10_DIR"]) / data.FOLDER / "class_names.txt").read_text().split())
 
 
-def test_a_second_process_waits_for_the_folder(tmp_path):
+def test_who_comes_second_waits_for_the_folder(tmp_path):
     entered = threading.Event()
 
     def enter() -> None:

@@ -62,10 +62,12 @@ def test_fallback_crop_is_torchvisions(height, width, scale, ratio):
 
 def test_angles_factors_and_flips_are_distributed_as_torchvisions():
     torch.manual_seed(4)
-    p = view_parameters(random_uniforms(DRAWS), 96, 96, replace(ORIGINAL, brightness=1.5, hflip=0.3, vflip=0.8))
-    rotation = v2.RandomRotation(45)
+    strengths = {"brightness": 1.5, "contrast": 0.2, "saturation": 0.6, "hue": 0.1}
+    options = replace(ORIGINAL, **strengths, rotation=30, hflip=0.3, vflip=0.8)
+    p = view_parameters(random_uniforms(DRAWS), 96, 96, options)
+    rotation = v2.RandomRotation(30)
     assert ks_distance(p.angle.numpy(), np.array([rotation.make_params([])["angle"] for _ in range(DRAWS)])) < CLOSE
-    jitter = v2.ColorJitter(1.5, 0.3, 0.3, 0.3)
+    jitter = v2.ColorJitter(*strengths.values())
     theirs = [jitter.make_params([]) for _ in range(DRAWS)]
     for name in ("brightness", "contrast", "saturation", "hue"):
         expected = np.array([draws[f"{name}_factor"] for draws in theirs])

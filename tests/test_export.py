@@ -124,8 +124,10 @@ def test_files_say_what_they_take_and_give(exported: Exported) -> None:
 def test_a_selected_networks_accuracy_comes_with_how_it_was_scored(run: Path) -> None:
     trained = checkpoint.load_network(run)
     assert "val_accuracy" not in export.metadata(dataclasses.replace(trained, val_accuracy=None))
-    told = export.metadata(dataclasses.replace(trained, val_accuracy=0.5))
-    assert (told["val_accuracy"], told["val_accuracy_tta"]) == ("0.5", trained.recipe.tta_at(trained.epoch - 1))
+    recipe = dataclasses.replace(recipes.RECIPES["demo"], tta="multi")  # of 16 epochs, the last of which alone has it
+    for epoch, tta in ((15, "mirror"), (16, "multi")):
+        told = export.metadata(dataclasses.replace(trained, recipe=recipe, epoch=epoch, val_accuracy=0.5))
+        assert (told["val_accuracy"], told["val_accuracy_tta"]) == ("0.5", tta)
 
 
 def test_half_precision_weights_are_a_checkpoint_of_half_the_size(tmp_path: Path) -> None:

@@ -47,16 +47,17 @@ def signals(*numbers: int) -> None:
         os.kill(os.getpid(), number)
 
 
-def ended_by(work: Callable[[], None]) -> int | None:
-    """The signal that ends a process in `work`, or None if it comes to its end."""
+def ended_by(work: Callable[[], None]) -> int:
+    """How a process ends in `work`: 0 at its end, 1 by an exception, -n by signal n."""
     child = os.fork()
     if not child:
+        status = 1
         try:
             work()
+            status = 0
         finally:
-            os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -80,15 +81,15 @@ def test_a_second_signal_ends_the_process_at_once(first: int, second: int, clock
             clock.now += 0.6
             signals(second)
 
-    assert ended_by(work) == second
+    assert ended_by(work) == -second
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(
     "world, seconds, ended",
-    [(1, 0.0, None), (1, 0.4, None), (2, 0.0, None), (2, 2.9, None), (2, 3.1, signal.SIGINT)],
+    [(1, 0.0, 0), (1, 0.4, 0), (2, 0.0, 0), (2, 2.9, 0), (2, 3.1, -signal.SIGINT)],
 )
-def test_the_echo_of_a_signal_is_none(world: int, seconds: float, ended: int | None, clock: types.SimpleNamespace):
+def test_the_echo_of_a_signal_is_none(world: int, seconds: float, ended: int, clock: types.SimpleNamespace):
     """Torchrun's, and in a single process a notebook's."""
 
     def work() -> None:
@@ -119,10 +120,19 @@ def test_a_run_leaves_the_handlers_as_they_were():
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
-def test_an_echo_that_comes_when_the_run_has_ended_is_still_one():
-    with listening():
-        signals(signal.SIGINT)
-        threading.Timer(0.2, signals, [signal.SIGINT]).start()
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_an_echo_that_comes_when_the_run_has_ended_is_still_one(clock: types.SimpleNamespace):
+    """The end waits for the rest of the half second; what comes meanwhile is an echo."""
+    waited = []
+
+    def work() -> None:
+        clock.sleep = lambda seconds: (waited.append(seconds), signals(signal.SIGINT))
+        with listening():
+            signals(signal.SIGINT)
+            clock.now += 0.2
+        assert waited == [pytest.approx(0.3)]
+
+    assert ended_by(work) == 0
 
 
 def test_outside_the_main_thread_signals_are_left_alone():

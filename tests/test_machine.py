@@ -17,8 +17,9 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def restored():
     """Leaves the settings of the process as they were."""
-    threads = torch.get_num_threads()
+    threads, filled = torch.get_num_threads(), torch.utils.deterministic.fill_uninitialized_memory
     yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
 

@@ -33,6 +33,17 @@ def test_a_recipe_is_read_by_the_names_of_older_checkpoints(name):
     assert json.dumps(values) == before  # what was read is not changed
 
 
+@pytest.mark.parametrize("name, side", [("cpu", 4), ("cpu-long", 8)])
+def test_a_recipe_says_whether_the_last_group_pools(name, side):
+    """Of which neither parameters nor their shapes tell."""
+    sizes = []
+    with torch.device("meta"):
+        net = build_network(RECIPES[name], 10).eval()
+        net.groups.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(output.shape)))
+        net(torch.zeros(1, 3, 64, 64))
+    assert sizes == [(1, 224, side, side)]
+
+
 def test_a_recipe_of_other_settings_is_refused():
     values = RECIPES["demo"].as_dict()
     with pytest.raises(UnknownSettings, match=r"does not know \(colour\)"):

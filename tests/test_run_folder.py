@@ -18,6 +18,7 @@ from augment import denormalise
 from harness import checkpoint, cli, errors, files, plots
 from harness.demo_shapes import DEMO_CLASSES
 from harness.images import recorded_source
+from harness.metrics import wilson
 from recipes import Stage
 from scheduler import warmup_cosine_rate
 
@@ -96,6 +97,22 @@ def test_a_finished_runs_summary_names_the_machine_that_trained_it(run: Path) ->
     assert json.loads(before)["precision"] == "fp32"
     assert trained(run, "--precision", "bf16") == 0
     assert (run / "summary.json").read_bytes() == before
+
+
+def test_intervals_and_restarts_are_those_of_the_run(
+    tmp_path: Path, small_demo, empty_plots, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Forty validation images; cycles of 1, 2 … epochs, anew in each stage."""
+    drawn = []
+    monkeypatch.setattr(plots, "accuracy", lambda path, rows, **how: drawn.append((how["val_images"], how["restarts"])))
+    assert trained(tmp_path / "run", "--epochs", 3, 2, "--cycle", 1) == 0
+    said, summary = capsys.readouterr().out, json.loads((tmp_path / "run" / "summary.json").read_text())
+    for key in ("last", "best, selected on these images"):
+        found = summary[key]
+        bounds = [round(bound, 4) for bound in wilson(round(40 * found["val_accuracy"]), 40)]
+        assert found["interval_95"] == bounds
+        assert f"(epoch {found['epoch']}, 95 % interval {bounds[0]:.1%} to {bounds[1]:.1%})" in said
+    assert summary["finished"] and drawn[-1] == (40, [1, 4])
 
 
 def test_notes_outlive_the_process_that_made_them(tmp_path: Path, small_demo, empty_plots) -> None:

@@ -1,6 +1,7 @@
 """The running average's rising decay, against its closed form, and what runs keep that were begun without it."""
 
 import dataclasses
+import json
 from fractions import Fraction
 from math import factorial
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import evaluate
 import train
 from harness import checkpoint
 from harness.interrupt import STOPPED_BY_TIME
@@ -105,3 +107,24 @@ def test_an_old_run_continues_by_the_same_command_and_the_old_rule(
     averages = [checkpoint.load(folder / "last.pt")["average"] for folder in (old, continued, new)]
     pairs = [[torch.equal(averages[0][name], other[name]) for name in averages[0]] for other in averages[1:]]
     assert all(pairs[0]) and not all(pairs[1])
+
+
+def test_the_average_is_what_is_kept_and_scored_as_the_run_validates(
+    tmp_path: Path, small_demo, empty_plots, capsys
+) -> None:
+    folder = tmp_path / "run"
+    assert run(folder, "--tta", "mirror") == 0
+    state, end = checkpoint.load(folder / "last.pt"), checkpoint.load(folder / "stage1.pt")
+    before = checkpoint.load(folder / "previous.pt")["average"]  # at the end of stage 1
+    kept = checkpoint.load_network(folder).model.state_dict()
+    assert all(torch.equal(value, state["average"][name]) for name, value in kept.items())
+    assert all(torch.equal(value, before[name]) for name, value in end["model"].items())
+    assert not torch.equal(kept["fc.weight"], state["model"]["fc.weight"])
+    best = max(state["rows"], key=lambda row: row["val_accuracy"])
+    for flags, row in (([], state["rows"][-1]), (["--best"], best)):
+        words = [str(folder), *flags, "--out", str(tmp_path / "out"), "--threads", "1", "--precision", "fp32"]
+        assert evaluate.main(words) == 0
+        (entry,) = json.loads((tmp_path / "out" / "report.json").read_text())["networks"]
+        (result,) = entry["results"]
+        assert (result["tta"], result["accuracy"]) == ("mirror", row["val_accuracy"])
+        assert result["loss"] == pytest.approx(row["val_loss"], rel=1e-5)

@@ -1,5 +1,6 @@
 """The command end of training: wrong flags, damaged data, numbers gone wrong, and the same bits again."""
 
+import csv
 import dataclasses
 import hashlib
 import json
@@ -328,3 +329,38 @@ def test_crops_are_scored_in_the_last_epoch_alone(tmp_path: Path, small_demo) ->
     summary = json.loads((tmp_path / "multi" / "summary.json").read_text())
     best = summary["best, selected on these images"]
     assert summary["last"]["tta"] == "multi" and best["tta"] == ("multi" if best["epoch"] == 3 else "mirror")
+
+
+# what an epoch is
+
+
+def test_each_epoch_is_asked_for_by_the_recipe_and_its_row_is_that_of_its_steps(
+    tmp_path: Path, small_demo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seed, images, views, batch and size written out; mean loss and share of hits of the very steps."""
+    asked, shapes, steps = [], [], []
+    draw, step = train.draw_epoch, Trainer.step
+
+    def note_draws(indices: Tensor, views: int, batch: int, options: ViewOptions, seed: tuple[int, ...]) -> typing.Any:
+        asked.append((indices.tolist(), views, batch, tuple(seed)))
+        return draw(indices, views, batch, options, seed)
+
+    def note_step(trainer: Trainer, batch: train.Batch) -> tuple[Tensor, Tensor]:
+        loss, hits = step(trainer, batch)
+        shapes.append(tuple(batch.x.shape))
+        steps.append((loss.item(), hits.item()))
+        return loss, hits
+
+    monkeypatch.setattr(train, "draw_epoch", note_draws)
+    monkeypatch.setattr(Trainer, "step", note_step)
+    assert run(tmp_path / "run", *"--views 2 --seed 7 --crop-size 32,40 48 --batch 64 32".split()) == 0
+    images = data.split_indices(demo_shapes.load(tmp_path / "data", "train").labels)[0].tolist()
+    places = ((64, 0, 0), (64, 0, 1), (32, 1, 0))
+    assert asked == [(images, 2, batch, (7, stage, epoch)) for batch, stage, epoch in places]
+    assert shapes == [(64, 3, 32, 32)] * 5 + [(64, 3, 40, 40)] * 5 + [(32, 3, 48, 48)] * 10
+    with open(tmp_path / "run" / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    for row, part in zip(rows, (steps[:5], steps[5:10], steps[10:]), strict=True):
+        losses, hits = zip(*part, strict=True)
+        assert float(row["train_loss"]) == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+        assert float(row["train_accuracy"]) == sum(hits) / 320

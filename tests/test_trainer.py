@@ -276,3 +276,24 @@ def test_validation_scores_the_average_on_clean_images_of_that_size():
     assert trainer.validate(images, labels, val[:0], 40, "multi") == (None, None)
     trainer.machine = dataclasses.replace(PLAIN, rank=1, world=2)
     assert trainer.validate(images, labels, val, 40, "multi") == (None, None)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_the_first_weights_are_of_the_seed(seed: int):
+    recipe = dataclasses.replace(RECIPE, seed=seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        expected = build_network(recipe, 10).state_dict()
+    found = Trainer(recipe, 10, PLAIN).net.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def test_fp16_goes_on_at_the_scale_it_had(tmp_path):
+    machine = dataclasses.replace(PLAIN, precision=torch.float16)
+    trainer, _ = trained(machine, network="wide", optimizer="muon")
+    torch.save(trainer.state(), tmp_path / "state.pt")
+    restored = Trainer(trainer.recipe, 10, machine)
+    restored.begin_stage(STAGE, 40)
+    fresh = restored.scaler.state_dict()
+    restored.restore(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert restored.scaler.state_dict() == trainer.scaler.state_dict() != fresh != {}
