@@ -34,14 +34,14 @@ import torch
 
 from augment import Batch, EpochDraws, draw_epoch, make_batch
 from harness import cost, files, scoring
-from harness.baseline import CLASSES, CORES, Baseline, Job, load, timed
+from harness.baseline import CLASS_COUNT, CORES, Baseline, Job, load, timed
 from harness.cli import MACHINE_FLAGS, Runtime, add_flags, file_path, machine_settings, whole_number
 from harness.machine import start_machine
+from harness.picture_defaults import STL10_TRAIN_IMAGES
 from harness.text import duration
 from recipes import RECIPES, Recipe, Stage, build_network
 from train import Trainer
 
-TRAIN_IMAGES = 4_000  # of STL-10's 5,000; what a forecast is for
 SIDES = ("usual", "this project")
 SETTLING = 16  # steps whose median rate is compared with that of as many before
 SETTLED = 1.03  # times the rate before: less is no faster
@@ -55,7 +55,7 @@ class ThisProject:
     def __init__(self, job: Job) -> None:
         self.job, self.machine = job, start_machine(job.runtime)
         self.images, self.labels = (part.to(self.machine.device) for part in load(job.data_dir))
-        self.trainer = Trainer(job.recipe, CLASSES, self.machine)
+        self.trainer = Trainer(job.recipe, CLASS_COUNT, self.machine)
         self.stage = Stage(1, (job.size,), job.eval_size, job.batch, 1e-3)
         self.trainer.begin_stage(self.stage, job.samples)
         self.index = torch.arange(job.samples) % len(self.images)
@@ -190,7 +190,7 @@ def measure(job: Job, turns: int) -> dict[str, Any]:
         memory = {name: side.ask(Process.peak_memory) for name, side in zip(SIDES, sides, strict=True)}
         rows.append(take_turns(f"scoring at {job.eval_size} px", sides, turns, "score"))
         product = sides[1].ask(Process.call, "matmul_tflops")
-    gflop = cost.step_gflop(build_network(job.recipe, CLASSES), job.size)
+    gflop = cost.step_gflop(build_network(job.recipe, CLASS_COUNT), job.size)
     tflops = {name: statistics.median(rows[1][name]) * gflop / 1e3 for name in SIDES}
     about = {"size": job.size, "batch": job.batch, "samples_a_turn": job.samples, "steps_to_settle": settling}
     return {**about, "rows": rows, "step_tflops": tflops, "matmul_tflops": product, "peak_memory": memory}
@@ -209,7 +209,7 @@ def forecast(recipe: Recipe, measured: list[dict[str, Any]]) -> dict[str, float]
     for side in SIDES:
         rates = {point["size"]: statistics.median(point["rows"][2][side]) for point in measured}
         if all(size in rates for stage in recipe.stages for size in stage.crop_size):
-            result[side] = cost.seconds_at_rates(recipe, TRAIN_IMAGES, rates)
+            result[side] = cost.seconds_at_rates(recipe, STL10_TRAIN_IMAGES, rates)
     return result
 
 
@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     seconds = forecast(recipe, measured)
     if seconds:
         print(
-            f"\nAt these end-to-end rates the recipe {recipe.name} trains on {TRAIN_IMAGES:,} images for "
+            f"\nAt these end-to-end rates the recipe {recipe.name} trains on {STL10_TRAIN_IMAGES:,} images for "
             f"{duration(seconds['this project'])}, in the usual way for {duration(seconds['usual'])}."
         )
     if args.json:

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 from harness import canvas, plots, text
 from harness.cli import expanded, file_path, png_path
 from harness.errors import RunError, reason
-from harness.metrics import wilson
+from harness.metrics import interval
 from harness.run_folder import COLUMNS, best_row
 from harness.text import duration
 from recipes import Recipe
@@ -159,7 +159,7 @@ def table(names: list[str], runs: list[Run]) -> str:
 
 
 def _with_interval(accuracy: float, images: int) -> str:
-    low, high = wilson(round(accuracy * images), images)
+    low, high = interval(accuracy, images)
     return f"{accuracy:.1%} ({low:.1%} to {high:.1%})"
 
 

@@ -131,7 +131,7 @@ def sample(trained: TrainedNetwork, source: Source, required: bool) -> tuple[Ten
     except RunError:
         if required:
             raise
-        drawn = torch.from_numpy(demo_shapes.draw_shapes("test", 1)[0]).transpose(2, 3)
+        drawn, _ = demo_shapes.draw_tensors("test", 1)
         return drawn[: max(COUNTS)], "pictures drawn by the program, as the run's are not here"
     kind, indices = ("validation", val) if len(val) else ("training", train)
     return dataset.images[indices[: max(COUNTS)]], f"{kind} images of the run"
@@ -232,8 +232,8 @@ def _read_onnx(path: Path) -> Classify:
 def _write_weights(trained: TrainedNetwork, path: Path) -> None:
     """A checkpoint whose matrices are in half precision; vectors, which are small, keep theirs."""
     state = trained.state()
-    weights = {name: value.half() if value.ndim > 1 else value for name, value in state["model"].items()}
-    checkpoint.save_weights(path, state, trained.val_accuracy, weights)
+    state["model"] = {name: value.half() if value.ndim > 1 else value for name, value in state["model"].items()}
+    checkpoint.save_weights(path, state, trained.val_accuracy)
 
 
 def _read_weights(path: Path) -> Classify:

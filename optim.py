@@ -1,6 +1,8 @@
 """How weights move: Muon for convolutions, the recipe's optimiser with its parameter groups, the running average."""
 
 import copy
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -142,6 +144,14 @@ def portable_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         if "capturable" in group:
             group["capturable"] = False
     return state
+
+
+def all_finite(nets: Sequence[nn.Module], optimizer: torch.optim.Optimizer) -> Tensor:
+    """Whether all numbers that a checkpoint would keep of them are finite: bool, 0-dim, on the device."""
+    kept = [value for net in nets for value in net.state_dict().values()]
+    kept += [value for of_parameter in optimizer.state.values() for value in of_parameter.values()]
+    largest = torch._foreach_norm([x for x in kept if torch.is_tensor(x) and x.is_floating_point()], math.inf)
+    return torch.stack(largest).isfinite().all()
 
 
 class RunningAverage:

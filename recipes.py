@@ -18,13 +18,10 @@ TTA = {  # test-time augmentation: the forms of each image whose predictions are
     "mirror": "the image and its mirror image",
     "multi": "the image and five crops of 7/8 of its side (corners and centre), each with its mirror image",
 }
-TTA_HELP = "test-time augmentation; predictions are averaged over: " + "; ".join(
-    f"{k}: {what}" for k, what in TTA.items()
-)
+TTA_HELP = "test-time augmentation; predictions are averaged over: " + "; ".join(f"{k}: {v}" for k, v in TTA.items())
 NO_LIMIT = 10**12  # parameters: a budget that holds nothing back
 MOST_VIEWS = 10_000
 OLD_NAMES = {"view": "augmentation", "views": "views_per_image"}  # of checkpoints of format 1
-OLD_RULES = {"average_warmup": False}  # what runs followed that were begun before the setting existed
 
 
 class UnknownSettings(ValueError):
@@ -135,11 +132,7 @@ class Recipe:
     teacher_temperature: float = option("by which the answers of --teacher are softened", 2.0, above=0.0, high=100.0)
     label_share: float = option("with --teacher: share of the loss that is the labels'", 0.5, low=0.0, high=1.0)
     teachers: tuple[str, ...] = ()  # by content: digests of the networks that --teacher names
-    tta: str = option(
-        TTA_HELP,
-        "none",
-        choices=TTA,
-    )
+    tta: str = option(TTA_HELP, "none", choices=TTA)
 
     def __post_init__(self) -> None:
         check_limits(self)
@@ -158,34 +151,12 @@ class Recipe:
             raise ValueError(f"tune_fold and {other} exclude each other: each says which images to train on")
 
     @property
-    def idle(self) -> dict[str, str]:
-        """The settings that have no effect given the others, and why."""
-        idle, views = {}, self.augmentation
-        if not views.mixes:
-            idle["mix_probability"] = "without --mixup or --cutmix"
-        if not views.erase:
-            idle["erase_size"] = "without --erase"
-        if self.schedule == "restarts":
-            idle["warmup"] = "with --schedule restarts"
-        else:
-            idle |= dict.fromkeys(("cycle", "cycle_growth", "cycle_decay"), f"with --schedule {self.schedule}")
-        if not self.average:
-            idle["average_warmup"] = "without --average"
-        if self.fold is not None or self.train_on == "all":
-            why = "with --train-on all" if self.fold is None else "with --fold"
-            idle |= dict.fromkeys(("split_seed", "val_fraction"), why)
-        return idle
-
-    @property
     def epochs(self) -> int:
         """Epochs of all stages together."""
         return sum(stage.epochs for stage in self.stages)
 
     def stage_and_epoch(self, epochs_done: int) -> tuple[int, int]:
-        """(stage, epoch within it), both from 0, of the epoch that follows `epochs_done` finished ones.
-
-        Raises ValueError after the last epoch.
-        """
+        """Stage and epoch within it, both from 0, after `epochs_done` finished epochs. Raises ValueError at the end."""
         for index, stage in enumerate(self.stages):
             if epochs_done < stage.epochs:
                 return index, epochs_done
@@ -255,7 +226,7 @@ class Recipe:
 
 def old_rules(values: dict[str, Any]) -> dict[str, Any]:
     """What a recipe's plain values imply for settings that did not exist when they were written."""
-    return {name: rule for name, rule in OLD_RULES.items() if name not in values and values.get("average")}
+    return {"average_warmup": False} if "average_warmup" not in values and values.get("average") else {}
 
 
 def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ metrics.csv and checkpoints → plots. The same command again continues where it
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -29,7 +28,7 @@ from augment import Batch, EpochDraws, augmented_batch, draw_epoch, take_samples
 from data import Split, balanced_indices
 from harness import checkpoint, distributed, scoring
 from harness.channel_padding import with_padded_channels
-from harness.cli import Runtime, default_run_folder, parse_train, usage_error
+from harness.cli import Runtime, crop_size_notes, default_run_folder, parse_train, usage_error
 from harness.compiled import CompiledForm
 from harness.cost import next_epoch_seconds
 from harness.graphs import Graphs
@@ -42,7 +41,7 @@ from harness.progress import Progress
 from harness.run_folder import RunFolder
 from harness.teachers import Teachers, digest, load_teachers
 from losses import LabelSmoothingLoss, distillation_loss
-from optim import RunningAverage, build_optimizer, portable_state, rates_on_device
+from optim import RunningAverage, all_finite, build_optimizer, portable_state, rates_on_device
 from recipes import Recipe, Stage, build_network
 from scheduler import DecayingCosineWarmRestarts
 
@@ -91,7 +90,7 @@ def fit(trainer: "Trainer", run: RunFolder, split: Split, runtime: Runtime, inte
 def begin_or_continue(trainer: "Trainer", run: RunFolder, train_count: int, runtime: Runtime) -> None:
     """Put the trainer into the state that the run folder holds, if any; else start from --init, or from scratch."""
     if runtime.overwrite and run.recipe.init:
-        take_weights(trainer, run.recipe.init)  # or refuse them, before anything is removed
+        checkpoint.take_weights(trainer.net, run.recipe.init)  # or refuse them, before anything is removed
     with distributed.leader_first():
         state = run.resume(runtime.overwrite, runtime.tensorboard)
     trainer.recipe = recipe = run.recipe  # resume may have brought back the rules of an older version
@@ -109,24 +108,12 @@ def begin_or_continue(trainer: "Trainer", run: RunFolder, train_count: int, runt
             else:  # between two stages the weights alone go on
                 trainer.net.load_state_dict(state["model"])
     elif recipe.init:
-        take_weights(trainer, recipe.init)
-    note_unused_crop_sizes(recipe, trainer.machine)
+        checkpoint.take_weights(trainer.net, recipe.init)
+    for sentence in crop_size_notes(recipe):
+        trainer.machine.note(sentence)
     run.write_config(runtime, trainer.net)
     print(f"{run.folder}: {recipe.name}, {run.epochs_done} of {recipe.epochs} epochs done")
     print(trainer.machine, flush=True)
-
-
-def take_weights(trainer: "Trainer", source: str) -> None:
-    """Start from the weights of a checkpoint or run folder. Raises RunError if they cannot be read, or do not fit."""
-    with checkpoint.mismatch_reported(source):
-        trainer.net.load_state_dict(checkpoint.load_network(source).model.state_dict())
-
-
-def note_unused_crop_sizes(recipe: Recipe, machine: Machine) -> None:
-    for number, stage in enumerate(recipe.stages, 1):
-        if stage.unused_crop_sizes:
-            sizes = ", ".join(map(str, stage.unused_crop_sizes))
-            machine.note(f"stage {number} has {stage.epochs} epochs: too few for its crop size(s) {sizes} px")
 
 
 def train_stages(trainer: "Trainer", run: RunFolder, split: Split, interrupt: Interrupt) -> None:
@@ -181,15 +168,12 @@ def train_stages(trainer: "Trainer", run: RunFolder, split: Split, interrupt: In
 
 
 class EpochResult(NamedTuple):
-    """An epoch's figures: the loss of each step, float32 (steps,), and the numbers of right answers and of samples.
+    """An epoch's figures, of all processes together."""
 
-    `finite`: whether weights, running statistics and optimiser state are all finite.
-    """
-
-    losses: Tensor
-    hits: int
+    losses: Tensor  # float32 (steps,), of each step
+    hits: int  # right answers
     samples: int
-    finite: bool
+    finite: bool  # whether weights, running statistics and optimiser state all are
 
 
 class Trainer:
@@ -235,9 +219,8 @@ class Trainer:
             steps = recipe.steps_per_epoch(stage, train_count)  # LambdaLR takes factors of each group's own peak
             self.schedule = LambdaLR(self.optimizer, lambda step: recipe.learning_rate(stage, step / steps) / stage.lr)
         else:
-            self.schedule = DecayingCosineWarmRestarts(
-                self.optimizer, recipe.cycle, recipe.cycle_growth, recipe.cycle_decay
-            )
+            cycles = (recipe.cycle, recipe.cycle_growth, recipe.cycle_decay)
+            self.schedule = DecayingCosineWarmRestarts(self.optimizer, *cycles)
         if recipe.average:
             self.average = RunningAverage(self.net, recipe.average, recipe.average_warmup)
         self._reset_graphs()
@@ -317,17 +300,11 @@ class Trainer:
 
     def _result(self, losses: Tensor, hits: Tensor, samples: int) -> EpochResult:
         """Fetch an epoch's figures from the device, all at once, and put those of all processes together."""
-        figures = torch.cat([losses.double(), hits.double()[None], self._all_finite().double()[None]])
+        finite = all_finite([self.net, self.eval_model], self.optimizer)
+        figures = torch.cat([losses.double(), hits.double()[None], finite.double()[None]])
         sums, world = distributed.sum_over_ranks(figures.cpu()), self.machine.world
         losses, hits, finite = sums.split([len(losses), 1, 1])
         return EpochResult((losses / world).float(), int(hits), samples, bool(finite == world))
-
-    def _all_finite(self) -> Tensor:
-        """Whether all numbers that a checkpoint would keep are finite: bool, 0-dim, on the device."""
-        kept = [*self.net.state_dict().values(), *self.eval_model.state_dict().values()]
-        kept += [value for of_parameter in self.optimizer.state.values() for value in of_parameter.values()]
-        largest = torch._foreach_norm([x for x in kept if torch.is_tensor(x) and x.is_floating_point()], math.inf)
-        return torch.stack(largest).isfinite().all()
 
     def validate(
         self, images: Tensor, labels: Tensor, val: Tensor, size: int, tta: str

@@ -21,7 +21,7 @@ from harness.machine import LARGE_PAGES, choose_device
 from recipes import Recipe, build_network
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-CLASSES = 10
+CLASS_COUNT = len(data.CLASSES)
 DRAWN = 50  # pictures a class
 
 
@@ -75,10 +75,10 @@ class Baseline:
         shared = {"num_workers": CORES, "persistent_workers": True, "pin_memory": self.device.type == "cuda"}
         self.loader = DataLoader(self.pictures, job.batch, shuffle=True, drop_last=True, **shared)
         self.eval_loader = DataLoader(Pictures(images, labels, resize, job.samples), job.batch, **shared)
-        self.net = build_network(job.recipe, CLASSES).to(self.device)
+        self.net = build_network(job.recipe, CLASS_COUNT).to(self.device)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-3, weight_decay=1e-4)
         self.x = torch.randn(job.batch, 3, job.size, job.size, device=self.device)
-        self.y = torch.arange(job.batch, device=self.device) % CLASSES
+        self.y = torch.arange(job.batch, device=self.device) % CLASS_COUNT
 
     def views(self) -> None:
         for index in range(self.job.samples):
@@ -127,8 +127,7 @@ def load(data_dir: Path | None) -> tuple[Tensor, Tensor]:
     if data_dir is not None:
         found = data.load(data_dir, "train")
         return found.images, found.labels
-    images, labels = demo_shapes.draw_shapes("train", DRAWN)
-    return torch.from_numpy(images.swapaxes(2, 3).copy()), torch.from_numpy(labels).long() - 1
+    return demo_shapes.draw_tensors("train", DRAWN)
 
 
 def timed(work: Callable[[], Any]) -> float:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from harness.errors import RunError, is_out_of_memory, reason
 from harness.files import atomic_write
@@ -53,15 +53,13 @@ def commit(folder: Path, payload: dict[str, Any]) -> None:
     save(folder / "last.pt", payload, keep=folder / "previous.pt")
 
 
-def save_weights(
-    path: Path, state: dict[str, Any], val_accuracy: float | None = None, model: dict[str, Tensor] | None = None
-) -> None:
-    """Write the weights of a run's state alone: those that are scored, or `model`'s in their place.
+def save_weights(path: Path, state: dict[str, Any], val_accuracy: float | None = None) -> None:
+    """Write the weights of a run's state alone: those that are scored.
 
     `val_accuracy`: by which this epoch was selected as the best, None if it was not.
     """
     weights = {key: state[key] for key in ("recipe", "classes", "images", "eval_size", "epoch")}
-    model = model or state["average"] or state["model"]
+    model = state["average"] or state["model"]
     save(path, {"kind": "weights", **weights, "val_accuracy": val_accuracy, "model": model})
 
 
@@ -222,3 +220,9 @@ def load_network(path: Path | str, best: bool = False) -> TrainedNetwork:
         model.to(memory_format=torch.channels_last).eval()
         size, epoch, accuracy = int(payload["eval_size"]), int(payload["epoch"]), payload.get("val_accuracy")
         return TrainedNetwork(path, model, recipe, classes, payload["images"], size, epoch, accuracy, digest)
+
+
+def take_weights(net: nn.Module, source: str) -> None:
+    """Give `net` the weights of a checkpoint or run folder. Raises RunError if they are unreadable or do not fit."""
+    with mismatch_reported(source):
+        net.load_state_dict(load_network(source).model.state_dict())

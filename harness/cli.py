@@ -6,7 +6,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -182,7 +182,7 @@ def parse_train(argv: list[str] | None = None) -> tuple[Recipe, Runtime]:
     for stage in recipe.stages:
         if stage.epochs and stage.batch % world:
             parser.error(f"--batch {stage.batch} cannot be shared equally by {world} processes")
-    idle = recipe.idle
+    idle = idle_settings(recipe)
     idle |= {} if runtime.teacher else dict.fromkeys(("teacher_temperature", "label_share"), "without --teacher")
     idle |= {} if runtime.images else {"image_size": "without --images: STL-10's are 96 px"}
     for name in idle.keys() & args.keys():
@@ -193,6 +193,33 @@ def parse_train(argv: list[str] | None = None) -> tuple[Recipe, Runtime]:
         if runtime.overwrite and path.resolve().is_relative_to(out.resolve()):
             parser.error(f"--overwrite starts anew in {out}, where {path} lies, which the run learns from; see --out")
     return recipe, runtime
+
+
+def idle_settings(recipe: Recipe) -> dict[str, str]:
+    """A recipe's settings that have no effect given the others, and why."""
+    idle, views = {}, recipe.augmentation
+    if not views.mixes:
+        idle["mix_probability"] = "without --mixup or --cutmix"
+    if not views.erase:
+        idle["erase_size"] = "without --erase"
+    if recipe.schedule == "restarts":
+        idle["warmup"] = "with --schedule restarts"
+    else:
+        idle |= dict.fromkeys(("cycle", "cycle_growth", "cycle_decay"), f"with --schedule {recipe.schedule}")
+    if not recipe.average:
+        idle["average_warmup"] = "without --average"
+    if recipe.fold is not None or recipe.train_on == "all":
+        why = "with --train-on all" if recipe.fold is None else "with --fold"
+        idle |= dict.fromkeys(("split_seed", "val_fraction"), why)
+    return idle
+
+
+def crop_size_notes(recipe: Recipe) -> Iterator[str]:
+    """A sentence for each stage that has too few epochs for all its crop sizes."""
+    for number, stage in enumerate(recipe.stages, 1):
+        if stage.unused_crop_sizes:
+            sizes = ", ".join(map(str, stage.unused_crop_sizes))
+            yield f"stage {number} has {stage.epochs} epochs: too few for its crop size(s) {sizes} px"
 
 
 def refuse_among_pictures(parser: argparse.ArgumentParser, out: Path, images: Path | None) -> None:

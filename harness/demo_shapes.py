@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.random import Generator
 from numpy.typing import NDArray
+from torch import Tensor
 
 import data
 from data import FOLDER, SIDE, DataSet, FileSpec, Specs, read_file
@@ -55,6 +57,12 @@ def draw_shapes(split: str, per_class: int) -> tuple[NDArray[np.uint8], NDArray[
     labels = np.arange(1, len(DEMO_CLASSES) + 1, dtype=np.uint8).repeat(per_class)
     order = generator.permutation(len(labels))
     return images[order].swapaxes(2, 3), labels[order]
+
+
+def draw_tensors(split: str, per_class: int) -> tuple[Tensor, Tensor]:
+    """What `draw_shapes` draws in the form of `data.load`: images with rows first, labels int64 (N,) from 0."""
+    images, labels = draw_shapes(split, per_class)
+    return torch.from_numpy(images).transpose(2, 3).contiguous(), torch.from_numpy(labels).long() - 1
 
 
 def _write_unless_right(path: Path, content: bytes, spec: FileSpec) -> None:

@@ -32,6 +32,11 @@ def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def interval(share: float, images: int) -> tuple[float, float]:
+    """The 95 % interval of a share of right answers among `images` images, by the nearest whole number of hits."""
+    return wilson(round(share * images), images)
+
+
 def mcnemar(first_alone: int, second_alone: int) -> float:
     """McNemar's exact test (Psychometrika 12, 1947): are two networks, scored on the same images, equally good?
 
@@ -95,7 +100,7 @@ def figures(scores: Tensor, labels: Tensor, classes: Sequence[str], images: int)
         "images": images,
         "predictions": len(labels),
         "accuracy": share,
-        "interval_95": list(wilson(round(share * images), images)),
+        "interval_95": list(interval(share, images)),
         "loss": loss.item(),
         "calibration_error": calibration_error(scores.softmax(1), labels),
         "per_class": {name: None if math.isnan(value) else value for name, value in zip(classes, shares, strict=True)},

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from harness import canvas
-from harness.canvas import plain, styled
-from harness.metrics import wilson
+from harness.canvas import plain, save, styled
+from harness.metrics import interval, wilson
 from harness.text import printable, shortened
 
 # canvas imports matplotlib in a guarded way, and so comes first
@@ -54,7 +53,7 @@ def accuracy(
     axes.plot(*_column(rows, "train_accuracy"), color=ORANGE, lw=0.9, label="train (augmented views)", **_mark(rows))
     facts = "no validation"
     if len(epochs):
-        bounds = np.array([wilson(round(value * val_images), val_images) for value in values])
+        bounds = np.array([interval(value, val_images) for value in values])
         _band(axes, epochs, bounds)
         axes.plot(epochs, values, color=BLUE, lw=1.5, label=f"val ({val_images:,} images)", **_mark(epochs))
         best = int(np.argmax(values))
@@ -68,7 +67,7 @@ def accuracy(
     _timeline(axes, [row["epoch"] for row in rows], [row["stage"] for row in rows], stage_names, restarts)
     axes.legend(loc="lower right", fontsize=9)
     _title(figure, title, facts)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 @styled
@@ -93,7 +92,7 @@ def losses(
     if axes.lines:
         axes.legend(loc="upper right", fontsize=9)
     _title(figure, title, " · ".join(facts))
-    return _save(figure, path)
+    return save(figure, path)
 
 
 @styled
@@ -115,7 +114,7 @@ def learning_rate(
     axes.set_ylim(peak * 1e-4, peak * 2)
     _timeline(axes, epochs, stages, stage_names, restarts)
     _title(figure, title, f"learning rate: peak {peak:.3g}, last {rates[-1]:.2g}")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 @styled
@@ -139,7 +138,7 @@ def comparison(path: Path, runs: Mapping[str, Sequence[Row]], *, title: str) -> 
     if axes.lines:
         axes.legend(loc="lower right", fontsize=9)
     _title(figure, title)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 @styled
@@ -148,7 +147,7 @@ def accuracy_against_size(
 ) -> Figure:
     """Accuracy of one network over the size in px at which `images` images are scored, with 95% intervals."""
     figure, axes = _canvas("eval size in px", "accuracy")
-    bounds = np.array([wilson(round(value * images), images) for value in accuracies])
+    bounds = np.array([interval(value, images) for value in accuracies])
     _band(axes, sizes, bounds)
     axes.plot(sizes, accuracies, color=BLUE, lw=1.5, marker="o", ms=5, label=f"accuracy ({images:,} images)")
     best = int(np.argmax(accuracies))
@@ -158,7 +157,7 @@ def accuracy_against_size(
     _percent(axes.yaxis)
     axes.legend(loc="best", fontsize=9)
     _title(figure, title, f"best {accuracies[best]:.1%} at {sizes[best]} px")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 @styled
@@ -184,7 +183,7 @@ def confusion(path: Path, matrix: np.ndarray, class_names: Sequence[str], *, tit
         axes.set(xlabel="predicted (classes by number, from 0)", ylabel="true")
     axes.grid(False)
     _title(figure, title, f"{np.trace(matrix):,} of {matrix.sum():,} right: {np.trace(matrix) / matrix.sum():.1%}")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 @styled
@@ -208,7 +207,7 @@ def per_class(path: Path, matrix: np.ndarray, class_names: Sequence[str], *, tit
     _percent(axes.xaxis)
     part = f"the {len(order)} worst of {len(scored):,} classes; " if len(order) < len(scored) else ""
     _title(figure, title, f"{part}mean over classes {shares[scored].mean():.1%}; line: 95% interval")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 @styled
@@ -233,7 +232,7 @@ def reliability(
         _percent(axis)
     axes.legend(loc="upper left", fontsize=9)
     _title(figure, title, f"expected calibration error {error:.1%} over {count.sum():,.0f} images")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 @styled
@@ -262,7 +261,7 @@ def sample_sheet(
     axes.imshow(sheet, interpolation="bilinear")
     axes.set_axis_off()
     _title(figure, heading)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def beside(name: str, words: str = "", columns: int = 8) -> str:
@@ -345,7 +344,3 @@ def _name_stage(axes: Axes, name: str, start: float, end: float, first: bool, la
     """The outer names face inwards, so that those of very short stages stay legible."""
     x, side = (start, "left") if first else (end, "right") if last else ((start + end) / 2, "center")
     axes.text(x, 1.01, name, transform=axes.get_xaxis_transform(), ha=side, fontsize=9, color=GREY)
-
-
-def _save(figure: Figure, path: Path) -> Figure:
-    return canvas.save(figure, path)

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from augment import EpochDraws, make_batch
 from harness import checkpoint, files, ownership, run_plots
-from harness.cli import Runtime
+from harness.cli import Runtime, idle_settings
 from harness.errors import RunError
 from harness.machine import PRECISIONS, Machine
-from harness.metrics import wilson
+from harness.metrics import interval
 from harness.tensorboard_log import TensorBoardLog
 from harness.text import duration
 from model import count_parameters
@@ -124,13 +124,15 @@ class RunFolder:
         kept = {name: rule for name, rule in old_rules(state["recipe"]).items() if getattr(self.recipe, name) != rule}
         if kept:
             self.recipe = dataclasses.replace(self.recipe, **kept)
-            print(f"this run was begun before these settings existed, and goes on with {_listed(kept)}")
+            settings = ", ".join(f"{name} = {rule}" for name, rule in kept.items())
+            print(f"this run was begun before these settings existed, and goes on with {settings}")
 
     def _require_same_settings(self, state: dict[str, Any]) -> None:
         now = {**_flat(self.recipe.as_dict()), "images": self.images, "classes": list(self.classes)}
         recipe = Recipe.from_dict(state["recipe"]).as_dict()  # a setting that is newer than the state has its default
         then = {**_flat(recipe), "images": state["images"], "classes": state["classes"]}
-        named = [name for name in now | then if now.get(name) != then.get(name) and name not in self.recipe.idle]
+        idle = idle_settings(self.recipe)
+        named = [name for name in now | then if now.get(name) != then.get(name) and name not in idle]
         changed = [f"{name} was {then.get(name)}, now {now.get(name)}" for name in named]
         if changed:
             raise RunError(
@@ -305,8 +307,7 @@ class RunFolder:
     def _result(self, row: dict[str, Any] | None) -> dict[str, Any] | None:
         if row is None or row["val_accuracy"] is None:
             return None
-        images = self.images["val"]
-        low, high = wilson(round(row["val_accuracy"] * images), images)
+        low, high = interval(row["val_accuracy"], self.images["val"])
         return {
             "epoch": row["epoch"],
             "val_accuracy": row["val_accuracy"],
@@ -335,10 +336,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(each) for each in value]
     return str(value.absolute()) if isinstance(value, Path) else value
-
-
-def _listed(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} = {value}" for name, value in settings.items())
 
 
 def _revision() -> str | None:

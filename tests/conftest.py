@@ -64,6 +64,19 @@ def save_empty_plots(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Figure, "savefig", lambda figure, path, **_: path.touch())
 
 
+def trained(folder: Path, *flags: object) -> int:
+    """The exit status of a tiny run into `folder`, on the demo's pictures beside it."""
+    place = ["--data-dir", str(folder.parent / "data"), "--out", str(folder)]
+    return train.main([*TINY_RUN, *place, *map(str, flags)])
+
+
+def error(capsys: pytest.CaptureFixture) -> str:
+    """The one line on stderr."""
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
 @pytest.fixture
 def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo's pictures as the tiny runs know them: 160 train, 40 val and 50 test images."""

@@ -54,3 +54,8 @@ def tensors(value: Any) -> list[torch.Tensor]:
 def hashes(folder: Path, pattern: str = "*") -> dict[str, str]:
     """MD5 of each file in a folder, to see that none has changed."""
     return {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in folder.glob(pattern) if path.is_file()}
+
+
+def floats(state: dict[str, torch.Tensor]) -> torch.Tensor:
+    """All floating-point numbers of a state, one after the other."""
+    return torch.cat([value.flatten() for value in state.values() if value.is_floating_point()])

@@ -58,7 +58,6 @@ def nothing_kept():
 @pytest.mark.parametrize("options", SOME)
 def test_all_stays_on_the_device_and_nothing_waits_for_it(options: ViewOptions, place: str, nothing_kept: None):
     """Fake CUDA tensors refuse to meet tensors of the CPU and to be read from the host."""
-    augment._whole_numbers.cache_clear()  # of another mode's fake tensors
     with FakeTensorMode():
         images = torch.empty(8, 3, 96, 96, dtype=torch.uint8, device=place)
         labels = torch.empty(8, dtype=torch.int64, device=place)
@@ -66,7 +65,6 @@ def test_all_stays_on_the_device_and_nothing_waits_for_it(options: ViewOptions, 
         draws = EpochDraws(order, uniforms, torch.empty(8), [(0, 1, 2, 3)]).to("cuda", place)
         assert draws.order.device.type == place
         batch = make_batch(images, labels, draws, 0, slice(0, 8), 70, options)
-    augment._whole_numbers.cache_clear()
     assert {tensor.device.type for tensor in batch} == {"cuda"}
     assert batch.x.shape == (8, 3, 70, 70) and batch.x.dtype == torch.float32
     assert batch.labels.shape == batch.other_labels.shape == batch.own_share.shape == (8,)

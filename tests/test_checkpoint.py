@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_RUN
+from conftest import TINY_RUN, error
 from processes import ROOT
 from run_contents import differences, flat, hashes
 
@@ -40,13 +40,6 @@ def continued(folder: Path, tiny_run: Path, *flags: str) -> int:
 def rewrite(path: Path, **changes: Any) -> None:
     """Give a checkpoint other values, whole and with right checksums."""
     torch.save(torch.load(path, weights_only=True) | changes, path)
-
-
-def error(capsys: pytest.CaptureFixture) -> str:
-    """The one line on stderr."""
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
 
 
 def refused(path: Path, reason: str, kind: type[RunError] = RunError) -> None:

@@ -56,7 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pictures() -> Tensor:
-    return torch.from_numpy(demo_shapes.draw_shapes("test", 1)[0]).transpose(2, 3)
+    return demo_shapes.draw_tensors("test", 1)[0]
 
 
 @pytest.fixture(scope="module", params=FORMATS)

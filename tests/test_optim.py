@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from run_contents import floats
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -174,10 +175,6 @@ def test_muon_turns_all_filters_but_the_stems(network):
         (True, 0.0, 0.1 * FILTER_RATE): convolutions - {"conv1.weight"},
     }
     assert optimizer.precision is torch.bfloat16
-
-
-def floats(state: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.cat([value.flatten() for value in state.values() if value.is_floating_point()])
 
 
 def test_the_running_average_is_torchs():

@@ -6,14 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import TINY_RUN
+from conftest import trained
 from picture_folders import TINY, fill
 from run_contents import hashes
 
 import compare
 import evaluate
 import export
-import train
 from harness import checkpoint, cli, ownership, scoring_ledger
 from harness.errors import RunError
 
@@ -24,11 +23,6 @@ pytestmark = pytest.mark.usefixtures("empty_plots", "small_demo")
 def run(tiny_run: Path, tmp_path: Path) -> Path:
     """A finished run that may be changed."""
     return Path(shutil.copytree(tiny_run, tmp_path / "run"))
-
-
-def trained(folder: Path, *flags: object) -> int:
-    data = ["--data-dir", str(folder.parent / "data"), "--out", str(folder)]
-    return train.main([*TINY_RUN, *data, *map(str, flags)])
 
 
 # a run's folder

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_RUN
+from conftest import TINY_RUN, trained
 from picture_folders import TINY, fill
 
 import evaluate
@@ -85,11 +85,6 @@ def test_sheets_of_views_show_the_first_batch_of_each_stage(flags, tmp_path, sma
 def run(tiny_run: Path, tmp_path: Path, small_demo, empty_plots) -> Path:
     """A finished run that may be changed."""
     return Path(shutil.copytree(tiny_run, tmp_path / "run"))
-
-
-def trained(folder: Path, *flags: object) -> int:
-    place = ["--data-dir", str(folder.parent / "data"), "--out", str(folder)]
-    return train.main([*TINY_RUN, *place, *map(str, flags)])
 
 
 def test_a_finished_runs_summary_names_the_machine_that_trained_it(run: Path) -> None:

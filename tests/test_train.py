@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import error
 from run_contents import differences, hashes, tensors
 from torch import Tensor
 
@@ -38,13 +39,6 @@ def command(*argv: str) -> int:
 def run(folder: Path, *flags: str) -> int:
     """Train for three tiny epochs on the small demo."""
     return command(*FLAGS, "--data-dir", str(folder.parent / "data"), "--out", str(folder), *flags)
-
-
-def error(capsys: pytest.CaptureFixture) -> str:
-    """The one line on stderr."""
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
 
 
 # wrong flags

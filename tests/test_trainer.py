@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from run_contents import floats
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim.swa_utils import AveragedModel
 
@@ -97,10 +98,6 @@ def by_hand(options: ViewOptions) -> tuple[list[float], int, dict[str, torch.Ten
         losses.append(loss.item())
         hits += (logits.argmax(1) == targets.argmax(1)).sum().item()
     return losses, hits, average.module.state_dict()
-
-
-def floats(state: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.cat([value.flatten() for value in state.values() if value.is_floating_point()])
 
 
 @pytest.mark.parametrize("options", [RECIPE.augmentation, MIXED], ids=["clean", "mixed"])
