@@ -314,7 +314,7 @@ CPU = Recipe(
     tta="multi",
 )
 # Finer maps, larger crops, stronger views, CutMix. `train.py --recipe cpu-long`: 1.9 million samples, an hour on two
-# cores with bf16, or some eight hours on cores without; 88.5 % (one seed).
+# cores with bf16, or perhaps eight hours on cores without (a guess, not run); 88.5 % (one seed).
 CPU_LONG = dataclasses.replace(
     CPU,
     name="cpu-long",
