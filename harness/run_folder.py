@@ -307,11 +307,10 @@ class RunFolder:
     def _result(self, row: dict[str, Any] | None) -> dict[str, Any] | None:
         if row is None or row["val_accuracy"] is None:
             return None
-        low, high = interval(row["val_accuracy"], self.images["val"])
         return {
             "epoch": row["epoch"],
             "val_accuracy": row["val_accuracy"],
-            "interval_95": [round(low, 4), round(high, 4)],
+            "interval_95": list(interval(row["val_accuracy"], self.images["val"])),
             "eval_size": self.recipe.stages[row["stage"] - 1].eval_size,
             "tta": self.recipe.tta_at(row["epoch"] - 1),
         }

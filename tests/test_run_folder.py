@@ -104,7 +104,7 @@ def test_intervals_and_restarts_are_those_of_the_run(
     said, summary = capsys.readouterr().out, json.loads((tmp_path / "run" / "summary.json").read_text())
     for key in ("last", "best, selected on these images"):
         found = summary[key]
-        bounds = [round(bound, 4) for bound in wilson(round(40 * found["val_accuracy"]), 40)]
+        bounds = list(wilson(round(40 * found["val_accuracy"]), 40))
         assert found["interval_95"] == bounds
         assert f"(epoch {found['epoch']}, 95 % interval {bounds[0]:.1%} to {bounds[1]:.1%})" in said
     assert summary["finished"] and drawn[-1] == (40, [1, 4])
