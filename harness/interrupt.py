@@ -29,7 +29,7 @@ class Interrupt:
     """
 
     def __init__(self, max_minutes: float, world: int) -> None:
-        self.max_minutes, self.world, self.received, self._came = max_minutes, world, 0, math.inf
+        self.max_minutes, self.world, self.received, self._came = max_minutes, world, 0, -math.inf
         self.deadline = time.monotonic() + (max_minutes * 60 or math.inf)
 
     @contextlib.contextmanager
@@ -46,7 +46,7 @@ class Interrupt:
             yield
         finally:
             if self.world == 1:  # to one of torchrun's processes an echo may come for seconds
-                time.sleep(max(0.0, self._came + ECHO - time.monotonic()) if self.received else 0.0)
+                time.sleep(max(0.0, self._came + ECHO - time.monotonic()))
                 for number, handler in before.items():
                     signal.signal(number, handler or signal.SIG_DFL)
 
