@@ -11,6 +11,7 @@ import contextlib
 import csv
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,7 +93,7 @@ def gather(named: Sequence[Path]) -> tuple[list[Run], bool]:
     runs, skipped, broken = {}, [], False
     for path in expanded(named):
         try:
-            runs.setdefault(path.resolve(), read(path))
+            runs.setdefault(os.path.realpath(path), read(path))
         except RunError as error:
             skipped.append(str(error))
             broken = broken or not isinstance(error, NoRun)

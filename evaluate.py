@@ -11,6 +11,7 @@ python3 evaluate.py runs/original-seed0 --split test             # at the very e
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,7 +180,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[lis
     if args.against and not args.ensemble and len(args.against) != len(args.networks):
         parser.error(f"--against takes as many networks as stand before it, {len(args.networks)}: pairs are compared")
     paths = [[checkpoint.weights_file(path, args.best) for path in side] for side in sides]
-    every = [path.resolve() for side in paths for path in side]
+    every = [os.path.realpath(path) for side in paths for path in side]
     if len(set(every)) < len(every):
         parser.error("the same network is given twice")
     return paths

@@ -190,7 +190,7 @@ def parse_train(argv: list[str] | None = None) -> tuple[Recipe, Runtime]:
     out = default_run_folder(recipe, runtime)
     refuse_among_pictures(parser, out, runtime.images)
     for path in (*runtime.teacher, *([Path(recipe.init)] if recipe.init else [])):
-        if runtime.overwrite and path.resolve().is_relative_to(out.resolve()):
+        if runtime.overwrite and _lies_in(path, out):
             parser.error(f"--overwrite starts anew in {out}, where {path} lies, which the run learns from; see --out")
     return recipe, runtime
 
@@ -224,8 +224,12 @@ def crop_size_notes(recipe: Recipe) -> Iterator[str]:
 
 def refuse_among_pictures(parser: argparse.ArgumentParser, out: Path, images: Path | None) -> None:
     """End the process with status 2 if a folder for output lies within the user's pictures."""
-    if images and out.resolve().is_relative_to(images.resolve()):
+    if images and _lies_in(out, images):
         parser.error(f"the folder {out} lies within the pictures, {images}, and would be taken for a class; see --out")
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def _with_flag(sentence: str, args: Collection[str]) -> str:
@@ -240,7 +244,7 @@ def _with_flag(sentence: str, args: Collection[str]) -> str:
 
 def default_run_folder(recipe: Recipe, runtime: Runtime) -> Path:
     """Where the run is kept: `--out`, or a name made of what tells it from others."""
-    images = f"{runtime.images.resolve().name}-" if runtime.images else ""
+    images = f"{os.path.basename(os.path.realpath(runtime.images))}-" if runtime.images else ""
     fold = "" if recipe.fold is None else f"-fold{recipe.fold}"
     fold += "" if recipe.tune_fold is None else f"-tunefold{recipe.tune_fold}"
     taught = "-distilled" if runtime.teacher else ""
@@ -262,8 +266,11 @@ def expanded(paths: Iterable[Path]) -> list[Path]:
 
 
 def _matches(path: Path) -> list[Path]:
-    matches = sorted(glob.glob(str(path))) if glob.has_magic(str(path)) and not os.path.lexists(path) else []
-    return [Path(match) for match in matches] or [path]
+    if not glob.has_magic(str(path)) or os.path.lexists(path):
+        return [path]
+    if os.path.isdir(path.parent):  # its name, which may have brackets, is no pattern
+        return [path.parent / name for name in sorted(glob.glob(path.name, root_dir=path.parent))] or [path]
+    return [Path(match) for match in sorted(glob.glob(str(path)))] or [path]
 
 
 def file_path(text: str) -> Path:

@@ -19,8 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from harness.errors import RunError
 
 TIMEOUT = timedelta(minutes=5)  # for gradients: only a process that hangs needs as long
-# Followers wait for as long as the leader fetches data, or validates and writes. One that has ended is noticed at once.
-PATIENCE = timedelta(minutes=30)
+# Followers wait for as long as the leader fetches data, opens a large folder of pictures, or validates and writes. One
+# that has ended is noticed at once.
+PATIENCE = timedelta(hours=12)
 _decisions: dist.ProcessGroup | None = None  # of all processes, by gloo; None: the one group there is
 
 

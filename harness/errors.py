@@ -32,7 +32,7 @@ def reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether an exception, or one in whose handling it was raised, says that the computer or its GPU lacks memory.
 
     For the computer's memory PyTorch raises a plain RuntimeError, which only its message tells from others. A RunError

@@ -19,11 +19,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from harness import picture_file
-from harness.errors import RunError, reason
+from harness import distributed, picture_file
+from harness.errors import RunError, is_out_of_memory, reason
 from harness.files import atomic_write
-from harness.picture_search import CACHE_PREFIX
-from harness.text import listed, printable
+from harness.picture_search import CACHE_PREFIX, named_in_full
+from harness.text import printable
 
 VERSION = 2  # of what `picture_file.open_square` gives: squares kept by another version are not used
 
@@ -39,7 +39,7 @@ class _Kept(NamedTuple):
 def squares(folder: Path, paths: Sequence[Path], size: int) -> Tensor:
     """The pictures `paths` below `folder` as uint8 (N, 3, size, size).
 
-    Raises RunError that names the first of those that cannot be opened; the others are kept for the next time.
+    Raises RunError that names those that cannot be opened; the others are kept for the next time.
     """
     file = folder / f"{CACHE_PREFIX}{size}px.npz"
     names = [path.relative_to(folder).as_posix() for path in paths]
@@ -52,19 +52,25 @@ def squares(folder: Path, paths: Sequence[Path], size: int) -> Tensor:
     unchanged = {name for name, now in zip(names, status, strict=True) if name in known and kept.status[name] == now}
     images = np.empty((len(paths), 3, size, size), np.uint8)
     digests = [known[name] if name in unchanged else "" for name in names]
+    done = np.array([name in unchanged for name in names])
+    if done.any():
+        images[done] = kept.images[[row_of[digest] for digest in digests if digest]]
 
     def open_one(index: int) -> None:
-        digests[index] = digests[index] or _digest(paths[index])
+        digests[index] = _digest(paths[index])
         row = row_of.get(digests[index])
         images[index] = picture_file.open_square(paths[index], size) if row is None else kept.images[row]
+        done[index] = True
 
-    broken = _for_each(open_one, len(paths))
-    whole = [index for index in range(len(paths)) if index not in broken]
-    files = [(names[index], status[index], digests[index]) for index in whole]
-    _keep(file, size, files, images[whole] if broken else images)
+    try:
+        broken = _for_each(open_one, (~done).nonzero()[0].tolist())
+    finally:  # after Ctrl-C, too: the next time goes on from here
+        files = [(names[index], status[index], digests[index]) for index in done.nonzero()[0]]
+        _keep(file, size, files, images if done.all() else images[done])
     if broken:
         them = "it" if len(broken) == 1 else "them"
-        raise RunError(f"{listed(list(map(str, broken.values())))}; repair {them} or take {them} out of the folder")
+        sentences = named_in_full(list(map(str, broken.values())))
+        raise RunError(f"{sentences}; repair {them} or take {them} out of the folder")
     return torch.from_numpy(images)
 
 
@@ -105,8 +111,12 @@ def _digest(path: Path) -> str:
         raise RunError(f"cannot read {printable(path)}: {reason(error)}") from error
 
 
-def _for_each(work: Callable[[int], None], count: int) -> dict[int, RunError]:
-    """Call `work` for each index on as many threads as PyTorch uses. Returns its RunErrors by index, in order."""
+def _for_each(work: Callable[[int], None], indices: Sequence[int]) -> dict[int, RunError]:
+    """Call `work` for each index on as many threads as PyTorch uses. Returns its RunErrors by index, in order.
+
+    What fails for want of memory is tried once more alone. Of several processes the others wait for this one, which
+    therefore uses their threads as well.
+    """
     broken: dict[int, RunError] = {}
 
     def attempt(index: int) -> None:
@@ -115,9 +125,13 @@ def _for_each(work: Callable[[int], None], count: int) -> dict[int, RunError]:
         except RunError as error:
             broken[index] = error
 
-    with warnings.catch_warnings(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    threads = torch.get_num_threads() * distributed.world_size()
+    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
         # open_square sets these two as well, but threads undo each other's filters
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         warnings.simplefilter("ignore", UserWarning)
-        list(tqdm(pool.map(attempt, range(count)), "opening pictures", count, leave=False, disable=None))
+        list(tqdm(pool.map(attempt, indices), "opening pictures", len(indices), leave=False, disable=None))
+        for index in [index for index, error in broken.items() if is_out_of_memory(error.__cause__)]:
+            del broken[index]
+            attempt(index)
     return dict(sorted(broken.items()))

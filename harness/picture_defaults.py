@@ -5,7 +5,7 @@ import math
 
 from data import Split
 from harness import distributed, picture_folder
-from harness.cli import Runtime
+from harness.cli import Runtime, usage_error
 from recipes import MOST_VIEWS, Recipe
 
 STL10_TRAIN_IMAGES = 4000  # what the recipes' views are set for
@@ -21,6 +21,9 @@ def suit_folder(recipe: Recipe, runtime: Runtime, split: Split) -> Recipe:
     """The recipe for a folder of the user's own, fitted where nothing is given; says what was found and chosen."""
     dataset, train, val = split
     print(picture_folder.summary(dataset.classes, dataset.labels, train, val))
+    for name in ("split_seed", "val_fraction"):
+        if dataset.given_split is not None and getattr(recipe, name) != getattr(Recipe, name):
+            usage_error(f"--{name.replace('_', '-')} is of no use: {runtime.images} has a val of its own")
     if "recipe" in runtime.by_default:
         print(f"recipe {recipe.name}, as none is given with --recipe")
     if "views" in runtime.by_default:

@@ -15,7 +15,7 @@ from torch import Tensor
 from data import DataSet
 from harness import picture_cache, picture_search, picture_split
 from harness.errors import RunError, reason
-from harness.picture_search import PassedOver
+from harness.picture_search import PassedOver, named_in_full
 from harness.picture_split import visible_name
 from harness.text import listed, printable
 
@@ -72,9 +72,10 @@ def load_test(folder: Path, size: int) -> tuple[DataSet, DataSet | None]:
         return test, None
     others, split = _read(parts, size, announce=False)
     known = set(_digests(others.images))
-    for path, digest in zip(listing.paths, _digests(images), strict=True):
-        if digest in known:
-            raise RunError(f"{printable(path)} is one picture with one in train or val; take it out of test")
+    leaks = [printable(path) for path, digest in zip(listing.paths, _digests(images), strict=True) if digest in known]
+    if leaks:
+        are, them = ("is", "it") if len(leaks) == 1 else ("are", "them")
+        raise RunError(f"{named_in_full(leaks)} {are} in train or val too, as the same pixels; take {them} out of test")
     return test, dataclasses.replace(others, given_split=split)
 
 
@@ -164,10 +165,10 @@ def _distinct(images: Tensor, labels: Tensor, part: Tensor, paths: list[Path], a
         elif other != index:
             repeated.append(index)
     if contradictions:
-        raise RunError(f"{listed(contradictions)}; take each out of one of them")
+        raise RunError(f"{named_in_full(contradictions)}; take each out of one of them")
     if repeated and announce:
-        where = printable(paths[repeated[0]])
-        print(f"{len(repeated)} picture(s) passed over that are there twice in a class ({where} …)")
+        where = listed([printable(paths[index]) for index in repeated])
+        print(f"{len(repeated)} picture(s) passed over that are there twice in a class: {where}")
     kept = torch.ones(len(paths), dtype=torch.bool)
     kept[repeated] = False
     return kept.nonzero()[:, 0]

@@ -4,6 +4,7 @@ import errno
 import functools
 import os
 import stat
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from harness.errors import reason
-from harness.text import printable
+from harness.text import MOST_LISTED, listed, printable
 
 CACHE_PREFIX = ".squares-"  # of the files in which picture_cache keeps what has been read
 # what file systems, archivers and Python leave beside people's files, in lower case
@@ -22,14 +23,17 @@ SYSTEM_FOLDERS = frozenset(
 NOT_DECODED = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"))
 # pictures by their names all the same, should Pillow not read them
 OTHER_PICTURES = frozenset(
-    ".ai .arw .cr2 .cr3 .dng .emf .eps .heic .heif .hif .jxl .nef .orf .ps .raf .rw2 .svg .wmf".split()
+    ".3fr .ai .arw .cr2 .cr3 .crw .dcr .dng .emf .eps .erf .gpr .heic .heif .hif .iiq .jxl .kdc .mrw .nef .nrw .orf "
+    ".pef .ps .raf .rw2 .rwl .sr2 .srf .srw .svg .wmf .x3f".split()
 )
 SHOWN = 3  # names of a kind
 
 HIDDEN = "hidden"
+IN_THE_CLOUD = "not downloaded from iCloud"
 SYSTEM = "left by the system or an archiver"
 OTHER_KIND = "not a picture by its name"
 NOWHERE = "link leads nowhere"
+GONE = "gone, or its path is too long"
 LOOP = "link leads back to a folder above it"
 NOT_A_FILE = "neither a file nor a folder"
 OUTSIDE = "picture outside the class folders"
@@ -74,6 +78,13 @@ def _kinds(paths: list[Path], why: str) -> str:
     return f" ({', '.join(f'{suffix} {count:,}' for suffix, count in counts)})"
 
 
+def named_in_full(sentences: list[str]) -> str:
+    """Them as a part of one sentence; where that leaves some out, each is a line on stderr first."""
+    if len(sentences) > MOST_LISTED:
+        print(*sentences, sep="\n", file=sys.stderr)
+    return listed(sentences)
+
+
 @functools.cache
 def suffixes() -> frozenset[str]:
     """Suffixes, in lower case, of the pictures that are looked for: all that Pillow decodes by itself."""
@@ -82,18 +93,22 @@ def suffixes() -> frozenset[str]:
 
 
 def find(folder: Path, passed: PassedOver) -> list[Path]:
-    """All pictures in a folder and below it, by their names, sorted, links followed. The rest goes into `passed`."""
-    return sorted(_find(folder, [], passed))
+    """All pictures in a folder and below it, by their names, links followed. The rest goes into `passed`.
+
+    They are sorted by the characters of their names on every system: the split and a data set's digest depend on it.
+    """
+    return sorted(_find(folder, [], passed), key=lambda path: path.parts)  # Windows compares paths without case
 
 
-def _find(folder: Path, above: list[tuple[int, int]], passed: PassedOver) -> Iterator[Path]:
+def _find(folder: Path, above: list[object], passed: PassedOver) -> Iterator[Path]:
     try:
         status = os.stat(folder)
         folders, pictures = look_into(folder, passed)
     except OSError as error:
         passed.add(f"folder cannot be read ({reason(error)})", folder)
         return
-    identity = (status.st_dev, status.st_ino)
+    # some Windows volumes number no file
+    identity = (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(folder)
     if identity in above:
         passed.add(LOOP, folder)
         return
@@ -120,12 +135,14 @@ def look_into(folder: Path, passed: PassedOver) -> tuple[list[Path], list[Path]]
 def _judge(path: Path) -> tuple[str | None, bool]:
     """Why a path is passed over, None if it is not; and whether it is a folder."""
     if path.name.startswith("."):
-        return HIDDEN, False
+        placeholder = path.suffix == ".icloud" and Path(path.stem).suffix.lower() in suffixes() | OTHER_PICTURES
+        return IN_THE_CLOUD if placeholder else HIDDEN, False
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
-        nowhere = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-        return NOWHERE if nowhere else f"cannot be looked at ({reason(error)})", False
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return f"cannot be looked at ({reason(error)})", False
+        return NOWHERE if os.path.islink(path) else GONE, False
     if stat.S_ISDIR(mode):
         return (SYSTEM if path.name.lower() in SYSTEM_FOLDERS else None), True
     if not stat.S_ISREG(mode):

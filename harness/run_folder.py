@@ -7,6 +7,7 @@ import importlib.metadata
 import io
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -53,7 +54,7 @@ class RunFolder:
         self, folder: Path, recipe: Recipe, classes: tuple[str, ...], images: dict[str, Any], machine: Machine
     ) -> None:
         self.folder, self.recipe, self.classes, self.images, self.machine = folder, recipe, classes, images, machine
-        self.name = folder.resolve().name  # also of "."
+        self.name = os.path.basename(os.path.realpath(folder))  # also of "."
         self.rows: list[dict[str, Any]] = []
         self._tensorboard: TensorBoardLog | None = None
         self._drawn = time.monotonic()

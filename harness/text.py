@@ -4,13 +4,18 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
+MOST_LISTED = 4
+ESCAPED = frozenset(("Cc", "Cs", "Cn", "Zl", "Zp"))  # control codes, surrogates, unassigned, separators of lines
+DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # would turn the rest of a line
+
 
 def printable(name: Path | str) -> str:
     """A name as text for terminals, tables and files: escapes stand for bytes that are no UTF-8 and for control codes.
 
-    Python holds such bytes as lone surrogates, which can be neither printed nor written.
+    Python holds such bytes as lone surrogates, which can be neither printed nor written. Spaces of other kinds and the
+    joiners of some scripts stay, so that a name in a table is still that of its file.
     """
-    return "".join(c if c.isprintable() else escape(c) for c in str(name))
+    return "".join(escape(c) if unicodedata.category(c) in ESCAPED or c in DIRECTIONS else c for c in str(name))
 
 
 def escape(character: str) -> str:
@@ -33,9 +38,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def width(text: str) -> int:
-    """Terminal columns that a text takes: two for a wide East Asian character, none for a combining accent."""
+    """Terminal columns that a text takes: two for a wide East Asian character, none for accents and joiners."""
     kinds = ((unicodedata.category(c), unicodedata.east_asian_width(c)) for c in text)
-    return sum(0 if category in ("Mn", "Me") else 2 if east_asian in "WF" else 1 for category, east_asian in kinds)
+    return sum(0 if kind in ("Mn", "Me", "Cf") else 2 if east_asian in "WF" else 1 for kind, east_asian in kinds)
 
 
 def shortened(text: str, columns: int) -> str:
@@ -61,6 +66,7 @@ def duration(seconds: float) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names as a part of a sentence: at most four of them."""
-    shown = [*names] if len(names) <= 4 else [*names[:3], f"{len(names) - 3} more"]
+    """Names as a part of a sentence: at most MOST_LISTED of them."""
+    first = names[: MOST_LISTED - 1]
+    shown = [*names] if len(names) <= MOST_LISTED else [*first, f"{len(names) - len(first)} more"]
     return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)

@@ -122,3 +122,8 @@ def test_patterns_that_a_shell_has_left_are_expanded(tmp_path: Path):
     given = [tmp_path / name for name in ("run-*", "run[1]", "none*", "plain")]
     names = ("run-a", "run-b", "run[1]", "none*", "plain")
     assert cli.expanded(given) == [tmp_path / name for name in names]
+    folder = tmp_path / "photos [2024]"
+    folder.mkdir()
+    (folder / "a.jpg").touch()
+    assert cli.expanded([folder / "*.jpg", folder / "*.png"]) == [folder / "a.jpg", folder / "*.png"]
+    assert cli.expanded([tmp_path / "photo* ?2024?" / "*.jpg"]) == [folder / "a.jpg"]

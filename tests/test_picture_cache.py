@@ -137,6 +137,39 @@ def test_only_new_contents_are_opened(images, opened):
     assert opened == []
 
 
+def test_an_interrupted_opening_goes_on_where_it_was(images, opened, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    really, last = picture_file.open_square, images / "dog" / "1.bmp"
+
+    def interrupt(path: Path, size: int) -> torch.Tensor:
+        if path == last:
+            raise KeyboardInterrupt
+        return really(path, size)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(picture_file, "open_square", interrupt)
+        picture_folder.load(images, 32)
+    done = {Path(path) for path in opened}
+    assert 5 <= len(done) < 8
+    opened.clear()
+    load(images)
+    assert {*opened} == {*images.glob("*/*.bmp")} - done
+
+
+def test_what_lacks_memory_is_opened_once_more_alone(images, monkeypatch):
+    really, tried = picture_file._decode, []
+
+    def scarce(file: Path) -> Image.Image:
+        tried.append(file)
+        if tried.count(images / "cat" / "2.bmp") == 1 and file == images / "cat" / "2.bmp":
+            raise MemoryError
+        return really(file)
+
+    monkeypatch.setattr(picture_file, "_decode", scarce)
+    load(images)
+    assert len(tried) == 9 and tried[-1] == images / "cat" / "2.bmp"
+
+
 def test_unchanged_files_are_not_read(images, monkeypatch):
     load(images)
     monkeypatch.setattr(picture_cache, "_digest", lambda path: pytest.fail("a picture was read again"))

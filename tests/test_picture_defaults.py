@@ -192,3 +192,14 @@ def test_balanced_run_learns_from_balanced_draws(tmp_path, empty_plots, monkeypa
     assert [drawn.tolist() for drawn in seen] == [
         balanced_indices(indices, labels, (4, stage, 0)).tolist() for stage in (0, 1)
     ]
+
+
+@pytest.mark.parametrize("flag, value", [("--val-fraction", "0.3"), ("--split-seed", "1")])
+def test_settings_of_a_split_are_refused_where_the_folder_has_its_own(tmp_path, empty_plots, capsys, flag, value):
+    for start, name in enumerate(("train", "val")):
+        fill(tmp_path / "set" / name, 2, start=500 * start)
+    command = [*TINY, "--images", str(tmp_path / "set"), "--image-size", "32", "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as stop:
+        train.main([*command, flag, value])
+    assert stop.value.code == 2 and f"{flag} is of no use: {tmp_path / 'set'} has a val" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

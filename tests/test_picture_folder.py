@@ -160,8 +160,8 @@ def test_repeated_picture_within_a_class_counts_once(images: Path, capsys: pytes
     (images / "leaf" / "leaf9.png").write_bytes((images / "leaf" / "leaf0.png").read_bytes())
     found = picture_folder.load(images, 32)[0]
     assert found.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
-    assert f"1 picture(s) passed over that are there twice in a class ({images / 'leaf' / 'leaf9.png'}" in (
-        capsys.readouterr().out
+    assert capsys.readouterr().out == (
+        f"1 picture(s) passed over that are there twice in a class: {images / 'leaf' / 'leaf9.png'}\n"
     )
 
 
@@ -186,8 +186,24 @@ def test_test_picture_that_was_trained_on_is_refused(tmp_path: Path) -> None:
         fill(tmp_path / name, 2, start=500 * start)
     assert len(picture_folder.load_test(tmp_path, 32)[0].labels) == 6
     (tmp_path / "test" / "sky" / "copy.png").write_bytes((tmp_path / "train" / "sky" / "sky0.png").read_bytes())
-    with pytest.raises(RunError, match=r"test/sky/copy.png is one picture with one in train or val; take it out"):
+    with pytest.raises(RunError, match=r"test/sky/copy.png is in train or val too, as the same pixels; take it out"):
         picture_folder.load_test(tmp_path, 32)
+
+
+def test_all_pictures_to_take_out_are_named_at_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for start, name in enumerate(("train", "val", "test")):
+        fill(tmp_path / name, 6, start=500 * start)
+    shutil.copytree(tmp_path / "train" / "sky", tmp_path / "test" / "sky", dirs_exist_ok=True)
+    copies = [str(path) for path in sorted((tmp_path / "test" / "sky").iterdir())]
+    with pytest.raises(RunError, match=r"sky2.BMP and 3 more are in train or val too.* take them out of test"):
+        picture_folder.load_test(tmp_path, 32)
+    assert capsys.readouterr().err.splitlines() == copies
+    for path in copies:
+        Path(path).write_bytes(b"no picture")
+    with pytest.raises(RunError, match=r"and 3 more; repair them"):
+        picture_folder.load_test(tmp_path, 32)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 6 and all(path in line for path, line in zip(copies, said, strict=True))
 
 
 def test_test_pictures_are_distinct_too(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

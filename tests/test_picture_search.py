@@ -38,13 +38,15 @@ def test_every_entry_is_found_or_passed_over_for_a_reason(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "lost.jpg").symlink_to("nowhere.jpg")
     (tmp_path / "self.jpg").symlink_to("self.jpg")
+    touch(tmp_path, "raw.PEF", ".far.jpg.icloud", ".notes.txt.icloud")
     found, passed = search(tmp_path)
     assert found == pictures
     assert {why: sorted(names) for why, names in passed.items()} == {
-        "hidden": [".hidden.png", ".thumbs", "deep/._c.webp"],
+        "hidden": [".hidden.png", ".notes.txt.icloud", ".thumbs", "deep/._c.webp"],
+        "not downloaded from iCloud": [".far.jpg.icloud"],
         "left by the system or an archiver": ["__MACOSX", "deep/@eaDir"],
         "not a picture by its name": ["deep/Thumbs.db", "notes.txt"],
-        "picture of a kind that must be converted first": ["new.heic"],
+        "picture of a kind that must be converted first": ["new.heic", "raw.PEF"],
         "neither a file nor a folder": ["pipe.png"],
         "link leads nowhere": ["lost.jpg", "self.jpg"],
     }
@@ -60,6 +62,35 @@ def test_linked_pictures_and_folders_are_followed_but_not_in_circles(tmp_path):
     found, passed = search(folder)
     assert found == ["c.png", "linked/a.png", "linked/more/b.png"]
     assert passed == {"link leads back to a folder above it": ["linked/more/up"]}
+
+
+def test_folders_are_told_apart_where_files_have_no_number(tmp_path, monkeypatch):
+    """Some Windows volumes give every path the inode 0."""
+    touch(tmp_path, "a.png", "deep/er/b.png")
+    (tmp_path / "deep" / "up").symlink_to(tmp_path)
+    stat = os.stat
+
+    def without_number(path, *args, **named):
+        status = stat(path, *args, **named)
+        return os.stat_result((status.st_mode, 0, *status[2:]))
+
+    monkeypatch.setattr(os, "stat", without_number)
+    assert search(tmp_path) == (["a.png", "deep/er/b.png"], {"link leads back to a folder above it": ["deep/up"]})
+
+
+def test_order_is_by_the_characters_of_names_whatever_the_system_compares(tmp_path, monkeypatch):
+    touch(tmp_path, "DSCF0001.JPG", "DSC_0001.JPG", "a.jpg", "Z.jpg", "b/z.jpg")
+    expected = ["DSCF0001.JPG", "DSC_0001.JPG", "Z.jpg", "a.jpg", "b/z.jpg"]
+    assert search(tmp_path)[0] == expected
+    monkeypatch.setattr(Path, "__lt__", lambda one, other: str(one).lower() < str(other).lower())  # as on Windows
+    assert search(tmp_path)[0] == expected
+
+
+def test_a_file_that_went_away_is_no_link(tmp_path, monkeypatch):
+    touch(tmp_path, "a.png", "b.png")
+    names = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda folder: [*names(folder), "c.png"])
+    assert search(tmp_path) == (["a.png", "b.png"], {"gone, or its path is too long": ["c.png"]})
 
 
 @pytest.mark.filterwarnings("ignore:IM image format is deprecated")

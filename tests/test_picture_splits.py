@@ -58,7 +58,7 @@ def test_pictures_named_test_neither_train_nor_validate(tmp_path):
     for image in picture_folder.load_test(tmp_path, 32)[0].images:
         assert not (everything == image).flatten(1).all(1).any()
     (tmp_path / "Testing" / "sky" / "copy.png").write_bytes((tmp_path / "Training" / "sky" / "sky0.png").read_bytes())
-    with pytest.raises(RunError, match="Testing/sky/copy.png is one picture with one in train or val"):
+    with pytest.raises(RunError, match="Testing/sky/copy.png is in train or val too"):
         picture_folder.load_test(tmp_path, 32)
 
 

@@ -151,6 +151,13 @@ def test_an_output_that_cannot_be_written_is_one_line(tiny_run, tmp_path, capsys
     assert f"error: cannot write {tmp_path / 'no' / 'out.csv'}" in capsys.readouterr().err
 
 
+def test_a_link_to_itself_is_skipped(tiny_run, tmp_path, capsys):
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    assert run(tiny_run, noise(tmp_path / "a.png", 0), tmp_path / "loop.jpg", "--csv", tmp_path / "out.csv") == 1
+    said = capsys.readouterr()
+    assert "a.png" in said.out and f"skipped: cannot read {tmp_path / 'loop.jpg'}" in said.err
+
+
 def test_best_is_not_asked_of_a_file(tiny_run, picture, capsys):
     with pytest.raises(SystemExit) as stop:
         predict.main([str(tiny_run / "last.pt"), str(picture), "--best"])

@@ -191,6 +191,9 @@ def test_a_run_does_not_fall_back_where_memory_is_short(tmp_path: Path) -> None:
 
 def test_what_cannot_be_printed_is_escaped() -> None:
     assert printable(Path("ü b")) == "ü b" and printable("目録 ×") == "目録 ×"
+    names = ["9.41\u202fAM.png", "a\xa0b", "\u06af\u0644\u200c\u0647\u0627", "\U0001f469\u200d\U0001f52c", "\uf022"]
+    assert [printable(name) for name in names] == names and width(names[2]) == 4
+    assert printable("a\u202egnp.b\u2028") == r"a\u202egnp.b\u2028"
     assert printable(os.fsdecode(b"caf\xe9")) == r"caf\xe9"
     assert printable("a\udce9\x1b[31m\n\ud800") == r"a\xe9\x1b[31m\n\ud800"
 
