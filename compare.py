@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Lay several runs side by side: one table, and one plot of their accuracy.
 
-    python3 compare.py runs/original-seed0 runs/cpu-seed0
+    python3 compare.py runs/cpu-seed0 runs/cpu-seed1
 
 A run is read from its `config.json` and `metrics.csv` alone, finished or still going.
 """
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         nargs="+",
         type=file_path,
         metavar="RUN",
-        help="run folder, finished or still going; what is none, as in runs/*, is passed over",
+        help="run folder, finished or still going; anything else, as in runs/*, is skipped",
     )
     parser.add_argument(
         "--out", type=png_path, metavar="FILE", help="the plot, PNG (default: comparison.png beside the runs)"

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Score trained networks, and show what they get wrong.
 
-python3 evaluate.py runs/original-seed0                          # on the run's own validation images
-python3 evaluate.py runs/original-seed0 --size 80 96 112 144     # accuracy against size
+python3 evaluate.py runs/cpu-seed0                               # on the run's own validation images
+python3 evaluate.py runs/cpu-seed0 --size 64 80 96 112           # accuracy against size
 python3 evaluate.py runs/cpu-seed0 runs/cpu-seed1                # mean and standard deviation, and which is better
 python3 evaluate.py runs/new-seed* --against runs/old-seed*      # pairs of networks on the same images
-python3 evaluate.py runs/original-seed0 --split test             # at the very end
+python3 evaluate.py runs/cpu-seed0 --split test                  # at the very end
 """
 
 import argparse

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Take a trained network elsewhere: ONNX, torch.export, or half-precision weights to be passed on.
 
-    python3 export.py runs/original-seed0                   # model.pt2 (torch.export), in the run folder
-    python3 export.py runs/original-seed0 --format onnx     # model.onnx; needs onnx, onnxruntime and onnxscript
+    python3 export.py runs/cpu-seed0                        # model.pt2 (torch.export), in the run folder
+    python3 export.py runs/cpu-seed0 --format onnx          # model.onnx; needs onnx, onnxruntime and onnxscript
     python3 export.py last.pt --format weights              # model.pt, of half the size, for this project's commands
 
 Both exchange formats take RGB pixels from 0 to 255 as float32 (N, 3, H, W), of any number and any size from 32 px, and
@@ -95,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="export.py", description="Write a trained network in formats for use elsewhere.", allow_abbrev=False
     )
-    parser.add_argument("checkpoint", type=file_path, metavar="CHECKPOINT", help="checkpoint file or run folder")
+    parser.add_argument("checkpoint", type=file_path, metavar="RUN_OR_CHECKPOINT", help="run folder or checkpoint")
     add_best(parser)
     parser.add_argument(
         "--out", type=file_path, metavar="FOLDER", help="where to write (default: beside the checkpoint)"

@@ -110,9 +110,7 @@ class ResNet(nn.Module):
         if len(dilate) != 3:
             raise ValueError(f"replace_stride_with_dilation takes three flags, not {replace_stride_with_dilation!r}")
         _check_groups(layers, planes)
-        for name, value in (("num_classes", num_classes), ("groups", groups), ("width_per_group", width_per_group)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is a whole number from 1 up, not {value!r}")
+        _check_counts(num_classes=num_classes, groups=groups, width_per_group=width_per_group)
         if int(min(planes) * width_per_group / 64) < 1:
             raise ValueError(f"width_per_group {width_per_group} leaves no channel of planes {min(planes)}")
 
@@ -220,6 +218,7 @@ class WideNet(nn.Module):
     ) -> None:
         super().__init__()
         _check_groups(layers, planes)
+        _check_counts(num_classes=num_classes)
         stem = max(planes[0] // 2, 1)
         self.conv1 = nn.Conv2d(3, stem, 4, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
@@ -268,6 +267,12 @@ def _check_groups(layers: Sequence[int], planes: Sequence[int]) -> None:
     for name, values in (("layers", layers), ("planes", planes)):
         if len(values) != 3 or any(not isinstance(v, int) or v < 1 for v in values):
             raise ValueError(f"{name} takes 3 whole numbers from 1 up, not {values!r}")
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is a whole number from 1 up, not {value!r}")
 
 
 def _check_input(x: Tensor) -> None:

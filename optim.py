@@ -15,7 +15,6 @@ ITERATIONS = 3  # of Newton-Schulz: x ← (LINEAR + CUBIC·x·xᵀ + QUINTIC·(x
 LINEAR, CUBIC, QUINTIC = 3.4445, -4.7750, 2.0315  # Keller Jordan's, see Muon
 EPSILON = 1e-7
 FILTER_RATE = 0.1  # of Muon's steps, as a share of the rate of everything else
-RGB = 3  # channels of the stem's filters, which read the image itself: no hidden layer, so Muon leaves them to SGD
 
 
 def build_optimizer(
@@ -23,12 +22,13 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The recipe's optimiser, in PyTorch's fused form; norms and biases without decay unless `decay_norms`.
 
-    Muon multiplies in `precision`; all weights and states are float32.
+    Muon multiplies in `precision`; all weights and states are float32. It leaves the stem's filters to SGD: they read
+    the image itself, so they are no hidden layer.
     """
     muon = recipe.optimizer == "muon"
     weights, others, filters = [], [], []
     for p in net.parameters():
-        if muon and p.ndim == 4 and p.shape[1] > RGB:
+        if muon and p.ndim == 4 and p is not net.conv1.weight:
             filters.append(p)
         else:
             (weights if recipe.decay_norms or p.ndim > 1 else others).append(p)
@@ -125,6 +125,12 @@ def orthogonalise(matrix: Tensor, precision: torch.dtype = torch.float32) -> Ten
             square = step @ square @ step
     x = (product @ x).float()
     return x.T if tall else x
+
+
+def forget_scale(optimizer: torch.optim.Optimizer) -> None:
+    """Drop what GradScaler has left with the optimiser where a step raised: it would join the next step's scale."""
+    for name in ("grad_scale", "found_inf"):
+        vars(optimizer).pop(name, None)
 
 
 def rates_on_device(optimizer: torch.optim.Optimizer, device: torch.device) -> None:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Say what a trained network sees in pictures.
 
-python3 predict.py runs/original-seed0 holiday.jpg
-python3 predict.py runs/original-seed0 pictures/ --sheet sheet.png --csv predictions.csv
+python3 predict.py runs/cpu-seed0 holiday.jpg
+python3 predict.py runs/cpu-seed0 pictures/ --sheet sheet.png --csv predictions.csv
 """
 
 import argparse
@@ -72,9 +72,9 @@ def main(argv: list[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = network_parser(
         "predict.py",
-        "Say what a trained network sees in pictures. Of each it sees the largest centred square, as small as the "
-        "pictures that it was trained on, scored as the run was validated; what is transparent lies on white. The exit "
-        "status is 1 where a picture had to be skipped.",
+        "Say what a trained network sees in pictures. Each is cropped to its largest centred square and resized to the "
+        "size of the training pictures, with white behind transparent parts, and scored as the run was validated. The "
+        "exit status is 1 if a picture had to be skipped.",
     )
     parser.add_argument("network", type=file_path, metavar="RUN_OR_CHECKPOINT", help="run folder or checkpoint")
     parser.add_argument(
@@ -85,7 +85,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="picture of any kind that Pillow opens, or folder of them",
     )
     parser.add_argument(
-        "--top", type=whole_number(1, 1000), default=2, metavar="N", help="classes to tell (default: 2)"
+        "--top",
+        type=whole_number(1, 1000),
+        default=2,
+        metavar="N",
+        help="classes to list for each picture (default: 2)",
     )
     parser.add_argument("--csv", type=file_path, metavar="FILE", help="write the table as CSV too")
     parser.add_argument(

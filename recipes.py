@@ -64,7 +64,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     augmentation: ViewOptions = ViewOptions()
     views_per_image: int = option(
-        "views of each training image per epoch; with --images as many as suit their number, unless given",
+        "views of each training image per epoch; with --images chosen to suit the number of pictures",
         20,
         low=1,
         high=MOST_VIEWS,
@@ -74,15 +74,17 @@ class Recipe:
     seed: int = option("seed of the weights and of all views", 0, low=0, high=2**63 - 1)
     split_seed: int = option("seed of the split into training and validation images", 1337, low=0, high=2**63 - 1)
     train_on: str = option("images to train on; all keeps none for validation", "train", choices=("train", "all"))
-    val_fraction: float = option("share of each class's images that validate", 0.2, above=0.0, high=0.9)
+    val_fraction: float = option("share of each class's images used for validation", 0.2, above=0.0, high=0.9)
     fold: int | None = option("train on this official fold's 1,000 images, validate on the others", None, low=0, high=9)
     tune_fold: int | None = option(
-        "choose settings without the validation images: of the training images, validate on this fifth of each class",
+        "for choosing settings: validate on this fifth of the training images, and leave the validation images alone",
         None,
         low=0,
         high=TUNE_FOLDS - 1,
     )
-    image_size: int = option("side in px to which the pictures of --images are brought", 96, low=32, high=1024)
+    image_size: int = option(
+        "side in px to which the pictures of --images are cropped and resized", 96, low=32, high=1024
+    )
     init: str = option("checkpoint whose weights to start from", "")
 
     network: str = option(
@@ -102,12 +104,12 @@ class Recipe:
     last_pool: bool = option("wide: halve the last group's maps too; without, they are finer and cost more", True)
 
     optimizer: str = option(
-        "optimiser (sgd: Nesterov momentum 0.9; muon: the same, but convolutions by orthogonalised momentum)",
+        "optimiser (sgd: Nesterov momentum 0.9; muon: the same, but filters by orthogonalised momentum)",
         "adam",
         choices=("adam", "adamw", "sgd", "muon"),
     )
     weight_decay: float = option(
-        "weight decay (L2, decoupled for adamw; muon: not of convolutions)", 1e-4, low=0.0, high=10.0
+        "weight decay (L2, decoupled for adamw; muon: not of filters after the stem)", 1e-4, low=0.0, high=10.0
     )
     decay_norms: bool = option("apply weight decay to BatchNorm weights and biases too", True)
     schedule: str = option(
@@ -129,8 +131,8 @@ class Recipe:
     mix_until: float = option(
         "share of the epochs in which Mixup and CutMix are on; they are off in the rest", 1.0, low=0.0, high=1.0
     )
-    teacher_temperature: float = option("by which the answers of --teacher are softened", 2.0, above=0.0, high=100.0)
-    label_share: float = option("with --teacher: share of the loss that is the labels'", 0.5, low=0.0, high=1.0)
+    teacher_temperature: float = option("temperature that softens the answers of --teacher", 2.0, above=0.0, high=100.0)
+    label_share: float = option("with --teacher: weight of the labels in the loss", 0.5, low=0.0, high=1.0)
     teachers: tuple[str, ...] = ()  # by content: digests of the networks that --teacher names
     tta: str = option(TTA_HELP, "none", choices=TTA)
 

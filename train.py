@@ -28,7 +28,7 @@ from augment import Batch, EpochDraws, augmented_batch, draw_epoch, take_samples
 from data import Split, balanced_indices
 from harness import checkpoint, distributed, scoring
 from harness.channel_padding import with_padded_channels
-from harness.cli import Runtime, crop_size_notes, default_run_folder, parse_train, usage_error
+from harness.cli import Runtime, default_run_folder, idle_for_few_epochs, parse_train, usage_error
 from harness.compiled import CompiledForm
 from harness.cost import next_epoch_seconds
 from harness.graphs import Graphs
@@ -41,7 +41,7 @@ from harness.progress import Progress
 from harness.run_folder import RunFolder
 from harness.teachers import Teachers, digest, load_teachers
 from losses import LabelSmoothingLoss, distillation_loss
-from optim import RunningAverage, all_finite, build_optimizer, portable_state, rates_on_device
+from optim import RunningAverage, all_finite, build_optimizer, forget_scale, portable_state, rates_on_device
 from recipes import Recipe, Stage, build_network
 from scheduler import DecayingCosineWarmRestarts
 
@@ -109,7 +109,7 @@ def begin_or_continue(trainer: "Trainer", run: RunFolder, train_count: int, runt
                 trainer.net.load_state_dict(state["model"])
     elif recipe.init:
         checkpoint.take_weights(trainer.net, recipe.init)
-    for sentence in crop_size_notes(recipe):
+    for sentence in idle_for_few_epochs(recipe):
         trainer.machine.note(sentence)
     run.write_config(runtime, trainer.net)
     print(f"{run.folder}: {recipe.name}, {run.epochs_done} of {recipe.epochs} epochs done")
@@ -282,6 +282,7 @@ class Trainer:
 
         self.optimizer.zero_grad()
         loss, hits = self.form.attempt(forward_and_backward, x.shape)
+        forget_scale(self.optimizer)  # of a step that could not be captured
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss, hits

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import recipes
 from augment import ViewOptions
 from harness import distributed
+from harness.text import counted
 from recipes import RECIPES, Recipe, Stage
 from settings import check_limits, option
 
@@ -66,10 +67,13 @@ def train_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--recipe", choices=RECIPES, help="named settings to start from (default: original; with --images: cpu)"
+        "--recipe",
+        choices=RECIPES,
+        help="named settings to start from: the student project's, meant for a GPU; for minutes on two CPU cores; for one "
+        "to two hours; for one GPU; for drawn shapes (default: original; with --images: cpu)",
     )
     parser.add_argument("--demo", action="store_true", help="the demo recipe, on pictures drawn by the program itself")
-    add_flags(parser.add_argument_group("stages (one value per stage)"), Stage)
+    add_flags(parser.add_argument_group("stages (one value per stage; each recipe has its own)"), Stage)
     add_flags(parser.add_argument_group("views"), ViewOptions)
     add_flags(parser.add_argument_group("recipe"), Recipe)
     add_flags(parser.add_argument_group("run"), Runtime)
@@ -214,12 +218,16 @@ def idle_settings(recipe: Recipe) -> dict[str, str]:
     return idle
 
 
-def crop_size_notes(recipe: Recipe) -> Iterator[str]:
-    """A sentence for each stage that has too few epochs for all its crop sizes."""
+def idle_for_few_epochs(recipe: Recipe) -> Iterator[str]:
+    """A sentence for each crop size, and for a share of the epochs, that the recipe has too few epochs for."""
     for number, stage in enumerate(recipe.stages, 1):
         if stage.unused_crop_sizes:
             sizes = ", ".join(map(str, stage.unused_crop_sizes))
-            yield f"stage {number} has {stage.epochs} epochs: too few for its crop size(s) {sizes} px"
+            yield f"stage {number} has {counted(stage.epochs, 'epoch')}: too few for its crop size(s) {sizes} px"
+    mixing = round(recipe.mix_until * recipe.epochs)
+    if 0 < recipe.mix_until < 1 and mixing in (0, recipe.epochs):
+        what = "every epoch mixes" if mixing else "no epoch mixes"
+        yield f"the run has {counted(recipe.epochs, 'epoch')}: too few for --mix-until {recipe.mix_until:g}, so {what}"
 
 
 def refuse_among_pictures(parser: argparse.ArgumentParser, out: Path, images: Path | None) -> None:

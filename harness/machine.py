@@ -21,6 +21,7 @@ from torch import Tensor
 from harness import distributed
 from harness.cli import Runtime
 from harness.errors import RunError, is_out_of_memory, reason
+from harness.text import counted
 
 PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TENSOR_CORES = (7, 0)  # the first capability that multiplies fp16 several times faster than fp32
@@ -54,7 +55,7 @@ class Machine:
         """The machine in words."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
-        return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+        return f"{_cpu_name()}, {counted(torch.get_num_threads(), 'thread')}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in `config.json` and `summary.json`."""

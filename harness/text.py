@@ -65,6 +65,11 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things, which are more than one unless the number is."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def listed(names: Sequence[str]) -> str:
     """Names as a part of a sentence: at most MOST_LISTED of them."""
     first = names[: MOST_LISTED - 1]

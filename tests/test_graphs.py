@@ -94,18 +94,26 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
 
 
-def trained(recipe: Recipe, precision: torch.dtype, graphs: bool, epochs: int = 2) -> tuple[Trainer, torch.Tensor]:
-    trainer, losses = Trainer(recipe, 10, Machine(CPU, precision, compile=False)), []
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (IMAGES, 3, 40, 40), dtype=torch.uint8, generator=generator)
+def begun(recipe: Recipe, precision: torch.dtype, graphs: bool) -> Trainer:
+    trainer = Trainer(recipe, 10, Machine(CPU, precision, compile=False))
     trainer.graphs.enabled = graphs
     trainer.begin_stage(STAGE, IMAGES)
-    for epoch in range(epochs):
-        draws = draw_epoch(torch.arange(IMAGES), recipe.views_per_image, STAGE.batch, recipe.augmentation, (epoch,))
-        draws = dataclasses.replace(draws, colour_orders=[(0, 1, 2, 3), (3, 1, 0, 2), (2, 3, 1, 0)] * 100)
-        size = STAGE.crop_size_at(epoch)
-        losses.append(trainer.train_epoch(images, torch.arange(IMAGES) % 10, draws, STAGE, size, lambda: None).losses)
-    return trainer, torch.cat(losses)
+    return trainer
+
+
+def train_epoch(trainer: Trainer, epoch: int) -> torch.Tensor:
+    """The epoch's losses."""
+    recipe, generator = trainer.recipe, torch.Generator().manual_seed(0)
+    images = torch.randint(256, (IMAGES, 3, 40, 40), dtype=torch.uint8, generator=generator)
+    draws = draw_epoch(torch.arange(IMAGES), recipe.views_per_image, STAGE.batch, recipe.augmentation, (epoch,))
+    draws = dataclasses.replace(draws, colour_orders=[(0, 1, 2, 3), (3, 1, 0, 2), (2, 3, 1, 0)] * 100)
+    size = STAGE.crop_size_at(epoch)
+    return trainer.train_epoch(images, torch.arange(IMAGES) % 10, draws, STAGE, size, lambda: None).losses
+
+
+def trained(recipe: Recipe, precision: torch.dtype, graphs: bool, epochs: int = 2) -> tuple[Trainer, torch.Tensor]:
+    trainer = begun(recipe, precision, graphs)
+    return trainer, torch.cat([train_epoch(trainer, epoch) for epoch in range(epochs)])
 
 
 @pytest.mark.parametrize(
@@ -122,6 +130,18 @@ def test_captured_steps_learn_what_plain_ones_do(name: str, precision: torch.dty
         mine, theirs = (getattr(trainer, model).state_dict() for trainer in (plain, captured))
         torch.testing.assert_close(theirs, mine, rtol=10 * tolerance, atol=10 * tolerance)
     assert their_losses[-1] != their_losses[-2]  # and they do learn
+
+
+@pytest.mark.parametrize("name", ["wide", "bottleneck"])
+def test_a_continued_run_captures_the_rates_that_change(name: str, recorded: None, tmp_path):
+    recipe = dataclasses.replace(SMALL[name], views_per_image=1)
+    whole, _ = trained(recipe, torch.float32, graphs=True, epochs=1)
+    torch.save(whole.state(), tmp_path / "state.pt")
+    restored = begun(recipe, torch.float32, graphs=True)
+    restored.restore(torch.load(tmp_path / "state.pt", weights_only=True))
+    torch.testing.assert_close(train_epoch(restored, 1), train_epoch(whole, 1), rtol=1e-5, atol=1e-6)
+    mine, theirs = (trainer.net.state_dict() for trainer in (whole, restored))
+    torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_that_cannot_be_captured_goes_on_without_a_graph(monkeypatch: pytest.MonkeyPatch, recorded: None):

@@ -9,7 +9,7 @@ import torch
 
 import train
 from augment import draw_epoch, make_batch
-from harness.cli import parse_train
+from harness.cli import idle_for_few_epochs, parse_train
 from recipes import RECIPES
 
 RECIPE = dataclasses.replace(RECIPES["cpu-long"], mix_until=0.75)
@@ -53,6 +53,15 @@ def test_a_run_ends_unmixed(tmp_path: Path, small_demo, empty_plots, monkeypatch
     place = ["--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
     assert train.main([*conftest.TINY_RUN, *place, "--cutmix", "1", "--mix-until", "0.5"]) == 0
     assert [share > 0.9 for share in shares] == [True, True, False, False] and shares[2:] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "share, told",
+    [(0.9, "4 epochs: too few for --mix-until 0.9, so every"), (0.1, "so no epoch mixes"), (0.5, ""), (1, "")],
+)
+def test_a_share_without_effect_is_said(share: float, told: str) -> None:
+    recipe = dataclasses.replace(RECIPES["cpu"], augmentation=RECIPE.augmentation, mix_until=share)
+    assert recipe.epochs == 4 and told in (said := "".join(idle_for_few_epochs(recipe))) and bool(said) == bool(told)
 
 
 def test_it_needs_mixing(capsys) -> None:

@@ -242,6 +242,7 @@ def test_budget_tells_the_excess():
     "options, word",
     [
         ({"kind": "wide", "layers": (1, 0, 1)}, "layers"), ({"kind": "wide", "planes": (4, 8)}, "planes"),
+        ({"kind": "wide", "num_classes": 0}, "num_classes"),
         ({"replace_stride_with_dilation": (True, False)}, "three flags"),
         ({"replace_stride_with_dilation": ()}, "three flags"),
         ({"layers": (1, 2)}, "layers"), ({"layers": (1, 0, 1)}, "layers"), ({"layers": (1, 2, 1.5)}, "layers"),

@@ -13,7 +13,7 @@ import optim
 from augment import Batch
 from harness.machine import Machine
 from model import build_model
-from optim import FILTER_RATE, Muon, RunningAverage, build_optimizer, orthogonalise
+from optim import Muon, RunningAverage, build_optimizer, orthogonalise
 from recipes import RECIPES, Recipe, Stage, build_network
 from train import Trainer
 
@@ -62,7 +62,7 @@ def test_a_first_step_that_overflows_leaves_no_momentum(name: str, monkeypatch: 
     try:
         assert torch.empty(3).isnan().all()
         for weight, rate in ((float("inf"), 0.0), (1.0, 1.0)):
-            before = copy.deepcopy(net.state_dict())
+            before, twin = copy.deepcopy(net.state_dict()), copy.deepcopy(net)
             optimizer.zero_grad()
             scaler.scale(weight * net(torch.ones(2, 3, 32, 32)).sum()).backward()
             scaler.step(optimizer)
@@ -72,6 +72,11 @@ def test_a_first_step_that_overflows_leaves_no_momentum(name: str, monkeypatch: 
             assert all(parameter.isfinite().all() for parameter in net.parameters())
             for state in optimizer.state.values():
                 assert state["momentum_buffer"].isfinite().all() and (rate or not state["momentum_buffer"].any())
+        twin(torch.ones(2, 3, 32, 32)).sum().backward()
+        gradients = dict(twin.named_parameters())
+        for key, value in net.named_parameters():
+            if value.ndim == 1 and value.requires_grad or name == "muon" and ".conv" in key:  # without weight decay
+                torch.testing.assert_close(optimizer.state[value]["momentum_buffer"], gradients[key].grad)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -91,8 +96,10 @@ def backward(conv: nn.Module, linear: nn.Module, seed: int) -> None:
     (loss + linear(torch.randn(2, 5, generator=generator)).pow(2).mean()).backward()
 
 
-def test_steps_are_those_written_out():
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_steps_are_those_written_out(layout: torch.memory_format):
     conv, linear = pair()
+    conv.to(memory_format=layout)
     _, twin = pair()
     groups = [
         {"params": linear.parameters(), "weight_decay": 0.1},
@@ -159,7 +166,7 @@ def test_optimisers_are_torchs_plain_ones_with_decay_where_the_recipe_says(name,
 
 @pytest.mark.parametrize("network", ["bottleneck", "wide"])
 def test_muon_turns_all_filters_but_the_stems(network):
-    net = build_model((1, 1, 1), kind=network, planes=(8, 8, 8))
+    net = build_model((1, 1, 1), kind=network, planes=(6, 3, 8))  # hidden layers of three channels, like the image
     optimizer = build_optimizer(
         recipe(network=network, optimizer="muon", decay_norms=False), STAGE, net, torch.bfloat16
     )
@@ -172,9 +179,10 @@ def test_muon_turns_all_filters_but_the_stems(network):
     assert kinds == {
         (False, 0.01, 0.1): {"conv1.weight", "fc.weight"},
         (False, 0.0, 0.1): set(names.values()) - convolutions - {"fc.weight"},
-        (True, 0.0, 0.1 * FILTER_RATE): convolutions - {"conv1.weight"},
+        (True, 0.0, 0.1 * 0.1): convolutions - {"conv1.weight"},
     }
     assert optimizer.precision is torch.bfloat16
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.9}
 
 
 def test_the_running_average_is_torchs():

@@ -221,6 +221,6 @@ def test_crop_sizes_that_no_epoch_has(epochs: int, sizes: tuple, unused: tuple) 
 
 def test_too_few_epochs_for_the_crop_sizes_are_said(tmp_path: Path, small_demo, empty_plots, capsys) -> None:
     assert trained(tmp_path / "run", "--epochs", 1, 1, "--crop-size", "32,40,48", "32") == 0
-    sentence = "stage 1 has 1 epochs: too few for its crop size(s) 40, 48 px"
+    sentence = "stage 1 has 1 epoch: too few for its crop size(s) 40, 48 px"
     assert capsys.readouterr().out.count(f"note: {sentence}") == 1
     assert sentence in json.loads((tmp_path / "run" / "summary.json").read_text())["notes"]

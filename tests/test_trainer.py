@@ -251,6 +251,35 @@ def test_a_restored_trainer_goes_on_as_if_never_interrupted(changes: dict, tmp_p
     assert torch.equal(floats(restored.eval_model.state_dict()), floats(trainer.eval_model.state_dict()))
 
 
+def test_restarts_are_the_recipes():
+    recipe = dataclasses.replace(RECIPE, schedule="restarts", cycle=1, cycle_growth=3, cycle_decay=0.5)
+    trainer, rates = Trainer(recipe, 10, PLAIN), []
+    trainer.begin_stage(STAGE, 40)
+    for epoch in range(5):
+        rates.append(trainer.learning_rate)
+        train_epoch(trainer, epoch)
+    assert rates == pytest.approx([0.1 * share for share in (1, 0.5, 0.375, 0.125, 0.25)])
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_validation_is_in_the_runs_precision(precision: torch.dtype):
+    trainer, _ = trained(dataclasses.replace(PLAIN, precision=precision))
+    seen = []
+    trainer.eval_model.fc.register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
+    trainer.validate(*pictures(), torch.arange(5), 40, "none")
+    assert seen == [precision]
+
+
+def test_a_step_that_raised_leaves_the_next_ones_scale_alone():
+    """As where capturing it fails: GradScaler lends the optimiser its scale for the time of the step."""
+    machine = dataclasses.replace(PLAIN, precision=torch.float16)
+    plain, _ = trained(machine)
+    trainer, _ = trained(machine)
+    trainer.optimizer.grad_scale = trainer.optimizer.found_inf = torch.tensor(float("nan"))
+    assert torch.equal(train_epoch(trainer, 1).losses, train_epoch(plain, 1).losses)
+    assert torch.equal(floats(trainer.net.state_dict()), floats(plain.net.state_dict()))
+
+
 def test_a_stage_keeps_the_weights_alone_of_the_one_before():
     trainer, _ = trained(optimizer="muon")
     weights = trainer.net.state_dict()
