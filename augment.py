@@ -55,19 +55,15 @@ class ViewOptions:
     rotation: float = option("largest rotation either way, in degrees", 45.0, low=0.0, high=180.0)
     hflip: float = option("probability of a left-right flip", 0.5, low=0.0, high=1.0)
     vflip: float = option("probability of an upside-down flip", 0.5, low=0.0, high=1.0)
-    brightness: float = option(
-        "multiply the brightness by a random factor in 1 ± X; 0 is off", 0.3, low=0.0, high=100.0
-    )
-    contrast: float = option("multiply the contrast by a random factor in 1 ± X; 0 is off", 0.3, low=0.0, high=100.0)
-    saturation: float = option(
-        "multiply the saturation by a random factor in 1 ± X; 0 is off", 0.3, low=0.0, high=100.0
-    )
+    brightness: float = option("multiply the brightness by a random factor in 1 ± X; 0: off", 0.3, low=0.0, high=100.0)
+    contrast: float = option("multiply the contrast by a random factor in 1 ± X; 0: off", 0.3, low=0.0, high=100.0)
+    saturation: float = option("multiply the saturation by a random factor in 1 ± X; 0: off", 0.3, low=0.0, high=100.0)
     hue: float = option("largest shift of the hue, in turns of its circle", 0.3, low=0.0, high=0.5)
     trivial_augment: bool = option("one more operation on each view, at a random strength: one of fourteen", False)
     erase: float = option("probability that a square patch is erased (cutout)", 0.0, low=0.0, high=1.0)
     erase_size: float = option("side of the erased patch, as a share of the view's side", 0.3, low=0.0, high=1.0)
-    mixup: float = option("alpha of Mixup's Beta(alpha, alpha); 0 is off", 0.0, low=0.0, high=1000.0)
-    cutmix: float = option("alpha of CutMix's Beta(alpha, alpha); 0 is off", 0.0, low=0.0, high=1000.0)
+    mixup: float = option("alpha of Mixup's Beta(alpha, alpha); 0: off", 0.0, low=0.0, high=1000.0)
+    cutmix: float = option("alpha of CutMix's Beta(alpha, alpha); 0: off", 0.0, low=0.0, high=1000.0)
     mix_probability: float = option("share of the samples that are mixed", 1.0, low=0.0, high=1.0)
 
     @property

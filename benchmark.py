@@ -273,14 +273,10 @@ def build_parser() -> argparse.ArgumentParser:
     names = [name for name in RECIPES if name != "demo"]
     parser.add_argument("--recipe", choices=names, default="original", help="whose views, sizes and batches to measure")
     parser.add_argument(
-        "--size", type=whole_number(32, 1024), metavar="N", help="crop size in px, instead of the recipe's"
+        "--size", type=whole_number(32, 1024), metavar="N", help="crop size in px (default: the recipe's)"
     )
-    parser.add_argument(
-        "--batch", type=whole_number(2, 65_536), metavar="N", help="batch size, instead of the recipe's"
-    )
-    parser.add_argument(
-        "--turns", type=whole_number(1, 1000), default=5, metavar="N", help="turns of each side (default: 5)"
-    )
+    parser.add_argument("--batch", type=whole_number(2, 65_536), metavar="N", help="batch size (default: the recipe's)")
+    parser.add_argument("--turns", type=whole_number(1, 1000), default=5, metavar="N", help="turns a side (default: 5)")
     steps = "batches per turn (default: 2, on CUDA 100)"
     parser.add_argument("--steps", type=whole_number(1, 100_000), metavar="N", help=steps)
     parser.add_argument(

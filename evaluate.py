@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +42,7 @@ from harness.errors import RunError
 from harness.images import load_for_network, load_test_images, recorded_source
 from harness.machine import Machine, start_machine
 from harness.report import Evaluation
+from harness.text import printable
 from recipes import TTA, TTA_HELP, Recipe
 
 CHUNK = 250  # images between two ticks of the progress bar
@@ -75,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
             for members in [side] if args.ensemble else [[network] for network in side]:
                 evaluation, scored = evaluate(members, args, machine)
                 evaluations.append(evaluation)
+                if args.split == "test":
+                    note_scoring(members, evaluation)
             if len({averaged_over(network.recipe) for network in side}) > 1:
                 print("warning: these networks differ in more than their seeds and splits", file=sys.stderr)
         entries, *opposed = entries_of(evaluated)
@@ -172,7 +176,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[lis
     if args.size and len(args.size) > 1 and (args.protocol == "original" or args.split == "test"):
         parser.error("several sizes are compared on clean val images only: the test images choose nothing")
     args.size = sorted(set(args.size)) if args.size else [None]
-    args.networks, args.against = expanded(args.networks), expanded(args.against)
+    args.networks, args.against = networks_among(expanded(args.networks)), networks_among(expanded(args.against))
     refuse_idle_best(parser, args.best, [*args.networks, *args.against])
     sides = [side for side in (args.networks, args.against) if side]
     if args.ensemble and any(len(side) < 2 for side in sides):
@@ -184,6 +188,24 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[lis
     if len(set(every)) < len(every):
         parser.error("the same network is given twice")
     return paths
+
+
+def networks_among(paths: list[Path]) -> list[Path]:
+    """Of several paths those that may be networks: as in runs/*, where evaluations and plots lie beside the runs.
+
+    What is passed over is named on stderr. What does not exist stays, as it is no part of a pattern's matches.
+    """
+    others = [path for path in paths if os.path.exists(path) and not may_be_network(path)]
+    if len(others) == len(paths):  # the first one's error will say what is wrong
+        return paths
+    for path in others:
+        print(f"skipped: {printable(path)} holds no network", file=sys.stderr)
+    return [path for path in paths if path not in others]
+
+
+def may_be_network(path: Path) -> bool:
+    """Whether a folder holds a checkpoint, or a file is one by its name or its form."""
+    return checkpoint.weights_file(path).exists() if path.is_dir() else path.suffix == ".pt" or zipfile.is_zipfile(path)
 
 
 def default_folder(args: argparse.Namespace, networks: list[TrainedNetwork]) -> Path:
@@ -242,12 +264,16 @@ def evaluate(members: list[TrainedNetwork], args: argparse.Namespace, machine: M
         if len(results) == 1 or size == members[0].eval_size:
             shown, scored = len(results) - 1, Scored(images, labels, scores)
     entry = report.entry(members, about, args.split, results, shown) | {"images_sha256": report.digest(images, labels)}
-    if args.split == "test":
-        result = {key: results[0][key] for key in ("size", "tta", "accuracy")}
-        together = {"members": about} if len(members) > 1 else about[0]
-        for folder in dict.fromkeys(member.file.parent for member in members):
-            scoring_ledger.add(folder, **together, ensemble_of=len(members), **result)
     return Evaluation(entry, right), scored
+
+
+def note_scoring(members: list[TrainedNetwork], evaluation: Evaluation) -> None:
+    """Note in the folder of each member that it was scored on the test images. Raises RunError where that fails."""
+    about, (first, *_) = evaluation.entry["members"], evaluation.entry["results"]
+    result = {key: first[key] for key in ("size", "tta", "accuracy")}
+    together = {"members": about} if len(members) > 1 else about[0]
+    for folder in dict.fromkeys(member.file.parent for member in members):
+        scoring_ledger.add(folder, **together, ensemble_of=len(members), **result)
 
 
 def images_of(members: list[TrainedNetwork], args: argparse.Namespace) -> tuple[Tensor, Tensor]:

@@ -89,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=whole_number(1, 1000),
         default=2,
         metavar="N",
-        help="classes to list for each picture (default: 2)",
+        help="classes to list of each picture (default: 2)",
     )
     parser.add_argument("--csv", type=file_path, metavar="FILE", help="write the table as CSV too")
     parser.add_argument(

@@ -82,9 +82,7 @@ class Recipe:
         low=0,
         high=TUNE_FOLDS - 1,
     )
-    image_size: int = option(
-        "side in px to which the pictures of --images are cropped and resized", 96, low=32, high=1024
-    )
+    image_size: int = option("side in px to which pictures of --images are cropped and resized", 96, low=32, high=1024)
     init: str = option("checkpoint whose weights to start from", "")
 
     network: str = option(

@@ -69,8 +69,8 @@ def train_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--recipe",
         choices=RECIPES,
-        help="named settings to start from: the student project's, meant for a GPU; for minutes on two CPU cores; for one "
-        "to two hours; for one GPU; for drawn shapes (default: original; with --images: cpu)",
+        help="named settings to start from: the student project's, meant for a GPU; for minutes on two CPU cores; for "
+        "one to two hours; for one GPU; for drawn shapes (default: original; with --images: cpu)",
     )
     parser.add_argument("--demo", action="store_true", help="the demo recipe, on pictures drawn by the program itself")
     add_flags(parser.add_argument_group("stages (one value per stage; each recipe has its own)"), Stage)

@@ -1,7 +1,6 @@
 """What a recipe costs: the arithmetic of its network, and the seconds to expect of it."""
 
 import copy
-from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -17,23 +16,31 @@ from recipes import Recipe
 CPU_GFLOPS = {torch.bfloat16: 240.0, torch.float16: 65.0, torch.float32: 65.0}  # per core
 # Per core and number that a BatchNorm puts out: with rectifier, forward and backward (fp32: on an older processor).
 CPU_NORM_SECONDS = {torch.bfloat16: 1.5e-9, torch.float16: 6e-9, torch.float32: 6e-9}
+FORWARD_SHARE = 1 / 3  # of a training step's arithmetic: the backward pass costs twice the forward pass
 CUDA_GFLOPS = {torch.bfloat16: 40_000.0, torch.float16: 40_000.0, torch.float32: 10_000.0}  # guesses
 
 
 def modelled_rates(machine: Machine, recipe: Recipe, net: nn.Module) -> dict[int, float]:
-    """Rough samples per second of training at each of the recipe's crop sizes, from the arithmetic: no measurement."""
-    return {size: _rate(machine, net, size) for size in sorted({n for stage in recipe.stages for n in stage.crop_size})}
+    """Rough samples per second of training at each of the recipe's sizes, from the arithmetic: no measurement."""
+    sizes = {size for stage in recipe.stages for size in (*stage.crop_size, stage.eval_size)}
+    return {size: _rate(machine, net, size) for size in sorted(sizes)}
 
 
 def seconds_at_rates(
-    recipe: Recipe, images: int, rates: Mapping[int, float], epochs_done: int = 0, end: int | None = None
+    recipe: Recipe, images: int, rates: Mapping[int, float], epochs_done: int = 0, end: int | None = None, val: int = 0
 ) -> float:
-    """Seconds of training for a recipe's epochs from `epochs_done` to `end` (all of them), over `images` images.
+    """Seconds of a recipe's epochs from `epochs_done` to `end` (all of them), over `images` images.
 
-    `rates` are samples per second at each of its crop sizes.
+    `rates` are samples per second of training at each of its crop sizes; with `val` validation images, which are scored
+    after each epoch, at each eval size too.
     """
-    epochs = Counter(map(recipe.crop_size_at, range(epochs_done, recipe.epochs if end is None else end)))
-    return sum(count / rates[size] for size, count in epochs.items()) * images * recipe.views_per_image
+    seconds = 0.0
+    for done in range(epochs_done, recipe.epochs if end is None else end):
+        seconds += images * recipe.views_per_image / rates[recipe.crop_size_at(done)]
+        if val:  # a forward pass alone, of each TTA form
+            stage, _ = recipe.stage_and_epoch(done)
+            seconds += val * PIXELS[recipe.tta_at(done)] * FORWARD_SHARE / rates[recipe.stages[stage].eval_size]
+    return seconds
 
 
 def next_epoch_seconds(recipe: Recipe, epochs_done: int, train_seconds: float, rest_seconds: float) -> float:
@@ -57,8 +64,8 @@ def _rate(machine: Machine, net: nn.Module, size: int) -> float:
 
 
 def step_gflop(net: nn.Module, size: int) -> float:
-    """GFLOP of a training step on one image of `size` px: the backward pass costs twice the forward pass."""
-    return 3 * forward_gflop(net, size)
+    """GFLOP of a training step on one image of `size` px."""
+    return forward_gflop(net, size) / FORWARD_SHARE
 
 
 def forward_gflop(net: nn.Module, size: int) -> float:

@@ -15,6 +15,7 @@ from types import TracebackType
 
 from harness.text import escape, printable
 
+OLDEST_PYTHON = (3, 11)
 # what PyTorch's allocators on CPU and CUDA, cuBLAS, cuDNN, oneDNN, C++ and the dynamic linker say
 NO_MEMORY = re.compile(
     r"can'?t allocate memory|cannot allocate memory|not enough memory|out of memory|alloc_failed|bad_alloc"
@@ -73,6 +74,9 @@ def before_imports() -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored, after `&`
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if sys.version_info < OLDEST_PYTHON:
+        oldest, this = (".".join(map(str, version[:2])) for version in (OLDEST_PYTHON, sys.version_info))
+        sys.exit(_fail(f"this needs Python {oldest} or newer, and here is {this}; use another environment"))
     sys.excepthook = _report_memory
     os.environ["MATPLOTLIBRC"] = os.devnull  # plots have their own style: a user's settings do not matter
     _require_readable_matplotlibrc()

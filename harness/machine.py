@@ -151,8 +151,22 @@ def start_machine(runtime: Runtime) -> Machine:
 
 @functools.cache
 def _own_threads() -> int:
-    """This process's CPU threads before its first run: a notebook's next run must not have this one's --threads."""
-    return torch.get_num_threads()
+    """This process's CPU threads before its first run: a notebook's next run must not have this one's --threads.
+
+    PyTorch counts the cores that it sees. In a container that may use fewer, as many threads would hold each other up.
+    """
+    threads, quota = torch.get_num_threads(), _cpu_quota(Path("/sys/fs/cgroup"))
+    return threads if quota is None or "OMP_NUM_THREADS" in os.environ else max(1, min(threads, int(quota)))
+
+
+def _cpu_quota(groups: Path) -> float | None:
+    """How many CPUs this container may use, by Linux's control groups of either version; None is no limit."""
+    files = ([groups / "cpu.max"], [groups / "cpu" / f"cpu.cfs_{name}_us" for name in ("quota", "period")])
+    for version in files:
+        with contextlib.suppress(OSError, ValueError):  # not of this version, or "max"
+            quota, period = map(int, " ".join(file.read_text() for file in version).split())
+            return quota / period if quota > 0 else None
+    return None
 
 
 def choose_device(name: str) -> torch.device:

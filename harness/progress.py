@@ -1,7 +1,9 @@
 """Progress and timing of an epoch: a bar on a terminal, the rate of its warm steps, and when stage and run will end."""
 
 import contextlib
+import dataclasses
 import datetime
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,12 +16,13 @@ from harness import cost
 from harness.machine import Machine
 from harness.picture_defaults import fit_views
 from harness.text import duration
-from recipes import CPU, Recipe, build_network
+from model import count_parameters
+from recipes import CPU, NO_LIMIT, Recipe, build_network
 
 COLD_STEPS = 5  # of an epoch: compilation, fresh memory
 CAPTURES = 150  # steps in which most orders of the four colour operations have come twice, and so been captured
 WARM_STEPS = 10  # after them, which are timed
-SOON, LONG = 60.0, 4 * 3600.0  # seconds
+SOON, LONG, WEEK = 60.0, 4 * 3600.0, 6 * 86400.0  # seconds; six days on, a weekday may be taken for a nearer one
 
 
 class Progress:
@@ -32,7 +35,8 @@ class Progress:
     def __init__(
         self, machine: Machine, recipe: Recipe, net: nn.Module, images: Mapping[str, Any], classes: int
     ) -> None:
-        self.machine, self.recipe, self.net, self.images, self.classes = machine, recipe, net, images["train"], classes
+        self.machine, self.recipe, self.net, self.classes = machine, recipe, net, classes
+        self.images, self.val = images["train"], images["val"]
         self._on_a_cpu = fit_views(CPU, self.images) if "digest" in images else CPU
         self.samples_per_second, self.cold_seconds = 0.0, 0.0
         self._forecast_of: int | None = None  # the stage whose end has been announced
@@ -70,6 +74,7 @@ class Progress:
                     self._forecast_of = stage_index
                     if forecast := self.forecast(epochs_done, stage.batch / clock.step_seconds):
                         tqdm.write(forecast)
+                        sys.stdout.flush()  # into a file or a pipe, too
 
             yield tick
             clock.read()  # by now the device has passed both marks
@@ -88,20 +93,25 @@ class Progress:
         speed = rate / modelled[recipe.crop_size_at(epochs_done)]
         rates = {size: speed * modelled_rate for size, modelled_rate in modelled.items()}
         stage_index, _ = recipe.stage_and_epoch(epochs_done)
-        last = recipe.first_epoch_of(stage_index + 1)
-        stage, run = (
-            cost.seconds_at_rates(recipe, self.images, rates, epochs_done, end) for end in (last, recipe.epochs)
-        )
+        ends = (recipe.first_epoch_of(stage_index + 1), recipe.epochs)
+        stage, run = (cost.seconds_at_rates(recipe, self.images, rates, epochs_done, end, self.val) for end in ends)
         if run < SOON:
             return ""
         words = f"{rate:,.0f} samples/s: stage {stage_index + 1} ends {_clock_time(stage)}"
         words += f", the run {_clock_time(run)} (in {duration(run)})" if run > stage else f" (in {duration(stage)})"
         if machine.device.type == "cpu" and run > LONG and recipe.name != CPU.name:
-            shorter = self._on_a_cpu
-            modelled = cost.modelled_rates(machine, shorter, build_network(shorter, self.classes))
-            seconds = cost.seconds_at_rates(shorter, self.images, {n: speed * r for n, r in modelled.items()})
-            words += f"\nthat is long for a CPU; --recipe cpu would take about {duration(seconds)}, --demo one minute"
+            words += self._advice(speed)
         return words
+
+    def _advice(self, speed: float) -> str:
+        """What else would do on a CPU, at `speed` times the modelled rates; empty where its network is too large."""
+        recipe = self._on_a_cpu
+        net = build_network(dataclasses.replace(recipe, budget=NO_LIMIT), self.classes)
+        if count_parameters(net) > recipe.budget:  # with many classes
+            return ""
+        rates = {size: speed * rate for size, rate in cost.modelled_rates(self.machine, recipe, net).items()}
+        seconds = duration(cost.seconds_at_rates(recipe, self.images, rates, val=self.val))
+        return f"\nthat is long for a CPU; --recipe cpu would take about {seconds}, --demo one minute"
 
 
 class WarmClock:
@@ -132,4 +142,6 @@ class WarmClock:
 
 
 def _clock_time(seconds: float) -> str:
-    return f"about {datetime.datetime.now() + datetime.timedelta(seconds=seconds):%A %H:%M}"
+    when = datetime.datetime.now() + datetime.timedelta(seconds=seconds)
+    date = f", {when.day} {when:%B}" if seconds > WEEK else ""  # the day alone would be the wrong one
+    return f"about {when:%A}{date} {when:%H:%M}"

@@ -164,12 +164,16 @@ def pairs(networks: Sequence[Evaluation], against: Sequence[Evaluation]) -> list
     rows = []
     for index in range(len(networks[0].right)):
         ours, theirs = (torch.cat([each.right[index] for each in side]) for side in (networks, against))
+        sizes = []
+        for each in (*networks, *against):
+            size = each.entry["results"][index]["size"]
+            sizes += size if isinstance(size, list) else [size]  # those of an ensemble's members
         ours_alone, theirs_alone = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
         rows.append(
             {
                 "networks": [each.entry["name"] for each in networks],
                 "against": [each.entry["name"] for each in against],
-                "size": shared([each.entry["results"][index]["size"] for each in (*networks, *against)]),
+                "size": shared(sizes),
                 "images": len(ours),
                 "networks_alone_right": ours_alone,
                 "against_alone_right": theirs_alone,
@@ -203,7 +207,7 @@ def side(entries: list[Entry]) -> Entry:
 
 def shared(values: Sequence[Any]) -> Any:
     """The one value that all have, or the list of them."""
-    return values[0] if len(set(values)) == 1 else list(values)
+    return values[0] if all(value == values[0] for value in values) else list(values)
 
 
 def pictures(entry: Entry) -> list[str]:

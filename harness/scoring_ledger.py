@@ -6,6 +6,7 @@ Test images choose nothing. Whoever scores a run again and again, and keeps what
 import datetime
 import json
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,19 @@ def add(folder: Path, **scoring: Any) -> None:
 
 
 def warn(folders: Iterable[Path]) -> None:
-    """Say on stderr which of the run folders have been scored before. Raises RunError as `read` does."""
+    """Say on stderr which of the run folders have been scored before.
+
+    Raises RunError as `read` does, and for a folder in which the next scoring could not be noted.
+    """
     for folder in folders:
         before = read(folder)
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise RunError(
+                f"{folder} cannot be written ({reason(error)}), so a scoring on the test images could not be noted "
+                "there; copy the run to a folder that can be"
+            ) from error
         if before:
             times = "once" if len(before) == 1 else f"{len(before)} times"
             last = f"last {before[-1].get('date')}: accuracy {before[-1].get('accuracy')}"

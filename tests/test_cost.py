@@ -57,6 +57,14 @@ def test_seconds_follow_the_sizes_within_a_stage():
     assert seconds_at_rates(recipe, 4_000, rates) == pytest.approx(expected)
 
 
+def test_seconds_of_scoring_are_forward_passes_of_all_forms():
+    recipe = RECIPES["cpu"]  # scored at 80 px, in the last epoch over five crops of 7/8 more
+    rates = {32: 200.0, 48: 90.0, 64: 50.0, 80: 30.0}
+    images = 3 * 2 + 2 * (1 + 5 * 49 / 64)
+    both, training = (seconds_at_rates(recipe, 1_000, rates, val=val) for val in (600, 0))
+    assert both - training == pytest.approx(600 * images / 30 / 3)
+
+
 def test_the_next_epoch_costs_by_its_pixels_and_the_forms_it_is_scored_in():
     cpu = RECIPES["cpu"]  # 32, 48, 48 and 64 px; the last epoch scores five crops of 7/8 of the side more
     assert next_epoch_seconds(cpu, 1, 8.0, 1.0) == pytest.approx(8 * 2.25 + 1)
@@ -84,7 +92,8 @@ def test_the_rates_before_any_measurement_are_arithmetic(monkeypatch: pytest.Mon
     net, recipe = build_model(**SMALL), RECIPES["original"]
     monkeypatch.setattr(cost, "CPU_GFLOPS", {torch.float32: 40.0})
     monkeypatch.setattr(cost, "CPU_NORM_SECONDS", {torch.float32: 1e-8})
-    seconds = {size: 3 * forward_gflop(net, size) / 40 + 1e-8 * norm_outputs(net, size) for size in (70, 120)}
+    sizes = (70, 96, 120, 144)  # views and clean images of both stages
+    seconds = {size: 3 * forward_gflop(net, size) / 40 + 1e-8 * norm_outputs(net, size) for size in sizes}
     for threads in (1, 2):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         rates = modelled_rates(PLAIN, recipe, net)
@@ -97,4 +106,4 @@ def test_on_cuda_the_rates_before_any_measurement_are_the_arithmetic_alone(monke
     net, machine = build_model(**SMALL), Machine(torch.device("cuda", 0), torch.bfloat16, compile=True)
     monkeypatch.setattr(cost, "CUDA_GFLOPS", {torch.bfloat16: 1000.0})
     rates = modelled_rates(machine, RECIPES["original"], net)
-    assert rates == pytest.approx({size: 1000 / (3 * forward_gflop(net, size)) for size in (70, 120)})
+    assert rates == pytest.approx({size: 1000 / (3 * forward_gflop(net, size)) for size in (70, 96, 120, 144)})

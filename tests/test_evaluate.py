@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import shutil
 import statistics
 from pathlib import Path
@@ -213,6 +214,37 @@ def test_a_broken_count_is_not_passed_over(altered, capsys):
     assert run(folder, "--split", "test") == 1
     assert f"{folder / scoring_ledger.FILE}, which counts" in capsys.readouterr().err
     assert (folder / scoring_ledger.FILE).read_text() == '{"not": "a list"}'
+
+
+def test_what_cannot_be_counted_is_not_scored(open_folder):
+    folder, user = open_folder / "run", os.geteuid()
+    folder.mkdir()
+    folder.chmod(0o555)
+    try:
+        if not user:
+            os.seteuid(65534)
+        with pytest.raises(RunError, match=r"run cannot be written \(Permission denied\), so .* copy the run"):
+            scoring_ledger.warn([folder])
+    finally:
+        os.seteuid(user)
+
+
+def test_what_lies_beside_runs_is_passed_over(tiny_runs, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    for number, folder in enumerate(tiny_runs):
+        shutil.copytree(folder, runs / f"{number}")
+    assert run(*sorted(runs.iterdir())) == 0
+    (runs / "comparison.png").touch()
+    capsys.readouterr()
+    assert run(*sorted(runs.iterdir())) == 0
+    said = capsys.readouterr()
+    assert said.err.splitlines() == [
+        f"skipped: {runs / 'comparison.png'} holds no network", f"skipped: {runs / 'evaluation-val'} holds no network"
+    ]  # fmt: skip
+    assert "of 2 networks" in said.out
+    assert run(runs / "0", runs / "none") == 1 and "cannot read" in capsys.readouterr().err
+    (runs / "1" / "last.pt").write_bytes(b"PK")
+    assert run(runs / "0", runs / "1") == 1 and "is damaged" in capsys.readouterr().err
 
 
 def test_missing_test_images_are_not_fetched(altered, tmp_path, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_processes_share_each_batch_equally(world: int):
 def test_what_is_recorded_of_a_machine_is_in_its_words(restored, capsys):
     torch.set_num_threads(1)
     machine = Machine(CPU, torch.bfloat16, compile=False, world=2)
-    assert str(machine) == f"{machine.name}, bf16" and machine.name.endswith(", 1 threads")
+    assert str(machine) == f"{machine.name}, bf16" and machine.name.endswith(", 1 thread")
     machine.note("it is slow")
     machine.note("it is slow")
     assert machine.as_dict() == {
@@ -167,3 +168,31 @@ def test_fp16_is_for_cards_with_tensor_cores(card: str, precision: str, monkeypa
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
     chosen = machine_module._precision(torch.device("cuda", 0), "auto")
     assert machine_module.PRECISIONS[chosen] == precision
+
+
+@pytest.mark.parametrize(
+    "files, cpus",
+    [
+        ({"cpu.max": "250000 100000\n"}, 2.5),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "150000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1.5),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({}, None),
+    ],
+)
+def test_a_containers_share_of_the_cores_is_read(files: dict[str, str], cpus: float | None, tmp_path: Path):
+    """As Linux writes it, in version 2 and in version 1."""
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert machine_module._cpu_quota(tmp_path) == cpus
+
+
+@pytest.mark.parametrize("quota, threads", [(None, 8), (2.5, 2), (0.5, 1), (64.0, 8)])
+def test_threads_are_no_more_than_the_container_may_use(quota, threads, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(machine_module, "_cpu_quota", lambda groups: quota)
+    assert machine_module._own_threads.__wrapped__() == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert machine_module._own_threads.__wrapped__() == 8

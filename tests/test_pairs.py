@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import evaluate
-from harness import checkpoint, errors, images, metrics, scoring
+from harness import checkpoint, errors, images, metrics, report, scoring
 
 pytestmark = pytest.mark.usefixtures("small_demo", "empty_plots")
 
@@ -111,6 +111,14 @@ def test_one_pair_and_ensembles(tiny_runs, tmp_path) -> None:
     assert run(first, second, "--against", first / "best.pt", second / "best.pt", second / "previous.pt", *flags) == 0
     (row,) = read(tmp_path / "ensembles")["pairs"]
     assert row["images"] == 40 and row["networks"] == [f"{first / 'last.pt'} + {second / 'last.pt'}"]
+
+
+def test_an_ensemble_of_several_sizes_is_compared_too() -> None:
+    def scored(size: object) -> report.Evaluation:
+        return report.Evaluation({"name": "a", "results": [{"size": size}]}, [torch.ones(4, dtype=torch.bool)])
+
+    (row,) = report.pairs([scored([80, 112])], [scored(80)])
+    assert row["size"] == [80, 112, 80] and row["p_value"] == 1
 
 
 def test_networks_of_other_images_are_no_pair(tiny_run, other_split, tmp_path, capsys) -> None:

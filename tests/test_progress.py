@@ -84,6 +84,25 @@ def test_what_graphs_cost_while_they_are_captured_is_no_part_of_a_rate(steps: in
     assert watch.samples_per_second == pytest.approx(8)
 
 
+def test_scoring_is_forecast_too():
+    """As many images to validate on as to train on, scored at the views' size: a third of the training each epoch."""
+    watch, alone = of(two_stages(), images=36_000, val=36_000), of(two_stages(), images=36_000, val=0)
+    assert "(in 4.0 hours)" in watch.forecast(2, 10.0).splitlines()[0]
+    assert "(in 3.0 hours)" in alone.forecast(2, 10.0)
+
+
+def test_a_forecast_of_weeks_has_dates():
+    words = of(two_stages(), images=10_000_000, val=0).forecast(2, 10.0).splitlines()[0]
+    end = datetime.datetime.now() + datetime.timedelta(seconds=3e6)
+    assert f"stage 2 ends about {end:%A}, {end.day} {end:%B} " in words
+
+
+def test_nothing_is_advised_that_is_over_the_budget():
+    net = build_network(SMALL, 10)
+    lines = {n: Progress(PLAIN, two_stages(), net, {"train": 4_000, "val": 0}, n).forecast(0, 0.5) for n in (554, 555)}
+    assert "--recipe cpu would" in lines[554] and "--recipe cpu" not in lines[555] and "stage 1 ends" in lines[555]
+
+
 def test_the_forecast_comes_once_a_stage_from_the_leader_alone(clock: Clock, capsys):
     watch = of(two_stages(), images=1_000)
     for epochs_done in range(5):
@@ -106,7 +125,7 @@ def test_a_forecast_scales_the_modelled_rates_to_the_measured_one(monkeypatch: p
     module = types.SimpleNamespace(timedelta=datetime.timedelta, datetime=types.SimpleNamespace(now=lambda: now))
     monkeypatch.setattr(progress, "datetime", module)
     recipe = two_stages()
-    watch = of(recipe, images=36_000)
+    watch = of(recipe, images=36_000, val=0)
     modelled = cost.modelled_rates(PLAIN, recipe, watch.net)
     ratio = modelled[32] / modelled[48]
     first, second = 2 * 36_000 / 10, 3 * 36_000 / 10 * ratio
@@ -121,7 +140,7 @@ def test_a_forecast_scales_the_modelled_rates_to_the_measured_one(monkeypatch: p
 @pytest.mark.parametrize("device, advised", [("cpu", True), ("cuda", False)])
 def test_a_long_run_on_a_cpu_is_advised_of_shorter_ones(device: str, advised: bool):
     machine = dataclasses.replace(PLAIN, device=torch.device(device))
-    watch = of(two_stages(), machine, images=4_000)
+    watch = of(two_stages(), machine, images=4_000, val=0)
     shorter = cost.modelled_rates(machine, RECIPES["cpu"], build_network(RECIPES["cpu"], 10))
     speed = 0.5 / cost.modelled_rates(machine, watch.recipe, watch.net)[32]
     seconds = cost.seconds_at_rates(RECIPES["cpu"], 4_000, {size: speed * rate for size, rate in shorter.items()})
@@ -132,7 +151,7 @@ def test_a_long_run_on_a_cpu_is_advised_of_shorter_ones(device: str, advised: bo
 
 
 def test_ones_own_pictures_are_forecast_with_the_views_that_they_would_get():
-    watch = of(two_stages(), images=40_000, digest="of these pictures")
+    watch = of(two_stages(), images=40_000, val=0, digest="of these pictures")
     recipe = dataclasses.replace(RECIPES["cpu"], views_per_image=1)
     modelled = cost.modelled_rates(PLAIN, recipe, build_network(recipe, 10))
     speed = 0.5 / cost.modelled_rates(PLAIN, watch.recipe, watch.net)[32]
@@ -141,6 +160,6 @@ def test_ones_own_pictures_are_forecast_with_the_views_that_they_would_get():
 
 
 def test_there_is_no_forecast_of_a_run_that_ends_within_a_minute():
-    watch = of(two_stages(), images=1_000)
+    watch = of(two_stages(), images=1_000, val=0)
     last_epoch = 1_000 / 60
     assert watch.forecast(4, 0.99 * last_epoch) != "" and watch.forecast(4, 1.01 * last_epoch) == ""

@@ -54,6 +54,14 @@ def test_interrupted_while_loading_torch(name: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ("train", *COMMANDS))
+def test_an_older_python_is_one_line(name: str) -> None:
+    code = f"import runpy, sys; sys.version_info = (3, 10, 12); runpy.run_path('{name}.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert one_line(done.stderr) == "error: this needs Python 3.11 or newer, and here is 3.10; use another environment"
+
+
 def interrupt() -> None:
     signal.raise_signal(signal.SIGINT)
 
