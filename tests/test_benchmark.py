@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import statistics
 
 import pytest
 import torch
@@ -11,11 +12,11 @@ from torchvision import transforms
 import benchmark
 from augment import ViewOptions
 from benchmark import ThisProject
-from harness import baseline, demo_shapes
+from harness import baseline, cost, demo_shapes
 from harness.baseline import Baseline, Job, pil_views
 from harness.cli import Runtime
 from harness.errors import RunError
-from recipes import RECIPES
+from recipes import RECIPES, build_network
 
 
 @pytest.fixture
@@ -154,6 +155,23 @@ def test_a_forecast_is_samples_over_the_end_to_end_rates():
     assert benchmark.forecast(RECIPES["original"], measured[:1]) == {}
 
 
+def test_a_forecast_is_by_the_end_to_end_rates_alone():
+    measured = [point(size, [10.0], [100.0]) for size in (70, 120)]
+    other = point(70, [999.0], [999.0])["rows"][0]
+    for each in measured:
+        each["rows"] = [other, other, each["rows"][0], other]
+    seconds = benchmark.forecast(RECIPES["original"], measured)
+    assert seconds == {"usual": pytest.approx(3_520_000), "this project": pytest.approx(352_000)}
+
+
+def test_the_baseline_has_a_lasting_worker_a_core(monkeypatch):
+    monkeypatch.setattr(baseline, "CORES", 2)
+    monkeypatch.setattr(baseline, "DRAWN", 2)
+    mine = Baseline(job())  # whose workers begin when it is first iterated
+    for loader in (mine.loader, mine.eval_loader):
+        assert (loader.num_workers, loader.persistent_workers) == (2, True)
+
+
 def test_points_are_the_recipes_unless_others_are_asked_for():
     assert benchmark.points(RECIPES["original"]) == [(70, 128, 96), (120, 64, 144)]
     assert benchmark.points(RECIPES["cpu"]) == [(size, 128, 80) for size in (32, 48, 64)]
@@ -172,6 +190,32 @@ class HereProcess(benchmark.Process):
     def ask(self, question, *arguments):
         benchmark.Process._side = self.side
         return question(*arguments)
+
+
+def test_rows_are_of_what_their_names_say(monkeypatch):
+    asked, before = [], torch.get_num_threads()
+
+    class Side:
+        def __init__(self, job: Job) -> None:
+            pass
+
+        def __getattr__(self, method: str):
+            return lambda: asked.append((method, torch.get_num_threads())) or 1.0
+
+    for name, value in (("Baseline", Side), ("ThisProject", Side), ("Process", HereProcess)):
+        monkeypatch.setattr(benchmark, name, value)
+    torch.set_num_threads(2)
+    try:
+        found = benchmark.measure(job(), 2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    every = {"views": 1, "train_steps": 2, "end_to_end": 2, "score": 2, "matmul_tflops": 2}
+    assert set(asked) == set(every.items())
+    gflop = cost.step_gflop(build_network(SMALL, 10), 32)
+    for side in benchmark.SIDES:
+        rate = statistics.median(found["rows"][1][side])
+        assert found["step_tflops"][side] == pytest.approx(rate * gflop / 1e3, rel=1e-9)
 
 
 def test_a_side_answers_from_a_process_of_its_own():

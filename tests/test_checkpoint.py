@@ -131,6 +131,15 @@ def test_only_the_state_before(folder: Path, tiny_run: Path, small_demo, capsys)
     assert capsys.readouterr().err == "" and differences(folder, tiny_run) == []
 
 
+def test_between_two_renames_the_last_network_is_the_state_before(folder: Path) -> None:
+    epoch = checkpoint.load_network(folder).epoch
+    (folder / "last.pt").unlink()
+    before = checkpoint.load_network(folder)
+    assert (before.file.name, before.epoch, before.selected) == ("previous.pt", epoch - 1, False)
+    (folder / "previous.pt").unlink()
+    assert checkpoint.load_network(folder).file.name == "best.pt"
+
+
 def test_best_weights_are_mended(folder: Path, tiny_run: Path, small_demo) -> None:
     """They follow from the last state where that is the best: a kill may have come before they were written."""
     rows = checkpoint.load(folder / "last.pt")["rows"]

@@ -90,6 +90,15 @@ def test_other_val_images_are_told(tmp_path, capsys, change, told):
     assert ("do not all validate on the same images" in capsys.readouterr().out) == told
 
 
+def test_other_pictures_are_told(tmp_path, capsys):
+    runs = [make_run(tmp_path / name, [0.5]) for name in "ab"]
+    for folder, digit in zip(runs, "01", strict=True):
+        config = json.loads((folder / "config.json").read_text())
+        config["images"]["digest"] = digit * 64
+        (folder / "config.json").write_text(json.dumps(config))
+    assert run(*runs) == 0 and "do not all validate on the same images" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "file, content", [("config.json", None), ("config.json", "{}"), ("config.json", "{"),
                       ("metrics.csv", "stage,epoch\n1,1\n"), ("metrics.csv", "\x00\xff"),

@@ -96,6 +96,20 @@ def test_pictures_are_pictures(tiny_run, tmp_path, monkeypatch):
             assert picture.format == "PNG" and picture.width == 1200
 
 
+def test_the_drawn_confusion_has_a_row_for_each_true_class(tiny_run, tmp_path, monkeypatch):
+    drawn = {}
+    for name in ("confusion", "per_class"):
+        monkeypatch.setattr(plots, name, lambda path, *given, **_: drawn.update({path.name: given}))
+    assert run(tiny_run, "--out", tmp_path) == 0
+    scores, labels = by_hand(tiny_run / "last.pt", 40)
+    expected = np.zeros((10, 10), int)
+    for true, answer in zip(labels.tolist(), scores.argmax(1).tolist(), strict=True):
+        expected[true, answer] += 1
+    assert not np.array_equal(expected, expected.T) and drawn.keys() == {"confusion.png", "per_class.png"}
+    for matrix, classes in drawn.values():
+        assert np.array_equal(matrix, expected) and classes == demo_shapes.DEMO_CLASSES
+
+
 def test_accuracy_against_size(tiny_run, tmp_path, capsys, monkeypatch):
     drawn = []
     monkeypatch.setattr(plots, "accuracy_against_size", lambda path, *args, **options: drawn.append((path.name, *args)))

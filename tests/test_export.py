@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import math
 import re
 import shutil
 import warnings
@@ -151,19 +152,27 @@ def test_half_precision_weights_are_a_checkpoint_of_half_the_size(tmp_path: Path
         assert value.dtype == state[name].dtype and torch.equal(value, expected), name
 
 
-def test_file_that_disagrees_is_not_written(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("factor", [1.02, math.nan])
+def test_file_that_disagrees_is_not_written(factor: float, run: Path, tmp_path: Path, monkeypatch) -> None:
     assert export.main([str(run), "--out", str(tmp_path), "--format", "weights"]) == 0
     older = (tmp_path / "model.pt").read_bytes()
     form = export.FORMATS["weights"]
 
     def read_wrongly(path: Path) -> export.Classify:
         classify = form.read(path)
-        return lambda pixels: classify(pixels) * (1.02 if len(pixels) > 1 else 1)
+        return lambda pixels: classify(pixels) * (factor if len(pixels) > 1 else 1)
 
     monkeypatch.setitem(export.FORMATS, "weights", form._replace(read=read_wrongly))
     with pytest.raises(RunError, match="was not written, as it does not agree with the network: largest difference"):
         export.main([str(run), "--out", str(tmp_path), "--format", "weights"])
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("model.pt", older)]
+
+
+def test_no_format_is_written_where_one_would_replace_a_foreign_file(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_bytes(b"of another project")
+    with pytest.raises(RunError, match="model.pt is there and was not written by export.py"):
+        export.main([str(run), "--out", str(tmp_path), "--format", "torch", "weights"])
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("model.pt", b"of another project")]
 
 
 def test_weights_that_no_export_wrote_are_not_replaced(run: Path, tmp_path: Path) -> None:

@@ -119,6 +119,27 @@ def test_any_name_that_the_system_takes(name: str, tmp_path: Path) -> None:
     assert (tmp_path / name).read_text() == "new" and len(names(tmp_path)) == 1
 
 
+def test_content_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, happened, fsync, rename = tmp_path / "last.pt", [], os.fsync, os.replace
+    write(path, "old")
+
+    def synced(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        happened.append(("synced", status.st_ino, status.st_size))
+        fsync(descriptor)
+
+    def renamed(source: Path, target: Path) -> None:
+        happened.append(("renamed", os.stat(source).st_ino, os.stat(source).st_size))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    with files.atomic_write(path, keep=tmp_path / "previous.pt") as temporary:
+        temporary.write_text("newer")
+    inode = path.stat().st_ino
+    assert happened[0] == ("synced", inode, 5) and happened[-1] == ("renamed", inode, 5)
+
+
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     write(path, "old")

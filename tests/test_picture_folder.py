@@ -165,6 +165,38 @@ def test_repeated_picture_within_a_class_counts_once(images: Path, capsys: pytes
     )
 
 
+def test_a_repeated_picture_goes_with_its_square(tmp_path: Path) -> None:
+    def found() -> tuple:
+        return picture_folder.load(tmp_path, 32), picture_folder.load_test(tmp_path, 32)[0]
+
+    for start, name in enumerate(("train", "val", "test")):
+        fill(tmp_path / name, 2, start=500 * start)
+    (before, split), before_test = found()
+    for name in ("train", "test"):
+        apple = tmp_path / name / "apple"
+        (apple / "again.png").write_bytes((apple / "apple0.png").read_bytes())
+    (after, same_split), after_test = found()
+    for one, other in ((before, after), (before_test, after_test)):
+        assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
+    assert after.digest == before.digest and all(map(torch.equal, split, same_split))
+
+
+def test_a_picture_that_changes_its_class_makes_another_data_set(images: Path) -> None:
+    before = picture_folder.load(images, 32)[0]
+    last = max((images / "apple").iterdir())
+    last.rename(images / "leaf" / f"a{last.suffix}")
+    after = picture_folder.load(images, 32)[0]
+    assert torch.equal(after.images, before.images) and after.labels.tolist() == [0] * 4 + [1] * 6 + [2] * 5
+    assert after.digest != before.digest
+
+
+def test_all_takes_the_pictures_of_val_too(tmp_path: Path) -> None:
+    fill(tmp_path / "train", 4)
+    fill(tmp_path / "val", 2, start=500)
+    _, training, val = load_images(recipe(train_on="all"), Path("nowhere"), tmp_path)
+    assert training.tolist() == list(range(18)) and val.tolist() == []
+
+
 def test_one_picture_in_two_classes_is_refused_with_both_names(images: Path) -> None:
     copy = images / "sky" / "other.png"
     Image.open(images / "leaf" / "leaf0.png").save(copy, compress_level=0)  # the same pixels in other bytes

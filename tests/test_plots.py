@@ -201,6 +201,18 @@ def test_sample_sheet_holds_every_image_in_its_place(tmp_path, titles, kind):
     assert [text.get_text() for text in figure.axes[0].texts] == (titles or [])
 
 
+def test_counts_stand_in_their_cells_and_captions_below_their_pictures(tmp_path):
+    axes = plots.confusion(tmp_path / "c.png", np.array([[8, 2], [0, 3]]), ["cat", "dog"], title="t").axes[0]
+    assert {text.get_text(): text.get_position() for text in axes.texts} == {"8": (0, 0), "2": (1, 0), "3": (1, 1)}
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
+    images = np.zeros((5, 3, 20, 20), np.uint8)
+    axes = plots.sample_sheet(tmp_path / "s.png", images, list("abcde"), columns=3, heading="h").axes[0]
+    height, width = axes.images[0].get_array().shape[:2]
+    for index, text in enumerate(axes.texts):
+        x, y = text.get_position()
+        assert (x // (width // 3), y // (height // 2)) == (index % 3, index // 3) and y % (height // 2) >= 20
+
+
 def test_class_names_fit_below_the_pictures_of_a_sheet():
     assert plots.beside("airplane", " 93%") == "airplane 93%"
     assert plots.beside("Tomato__Tomato_YellowLeaf__Curl_Virus", " 93%") == "Tomato__T… 93%"

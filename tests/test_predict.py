@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import predict
-from harness import checkpoint, errors, plots, scoring
+from harness import checkpoint, errors, picture_file, plots, scoring
 from harness.cli import Runtime
 from harness.images import load_for_network, recorded_source
 from harness.machine import start_machine
@@ -44,6 +45,28 @@ def test_a_picture_is_seen_as_validation_sees_it(tiny_run, tmp_path):
         assert list(shares.values()) == sorted(shares.values(), reverse=True)
         assert [shares[name] for name in dataset.classes] == pytest.approx(expected[number].tolist(), rel=1e-5)
     assert written["size"] == trained.eval_size and written["tta"] == "none" and written["skipped"] == []
+
+
+def test_a_picture_is_brought_to_the_size_of_the_runs_own(tiny_run, tmp_path):
+    payload = checkpoint.load(tiny_run / "last.pt")
+    payload["recipe"]["image_size"] = 48
+    checkpoint.save(tmp_path / "small.pt", payload)
+    trained, picture = checkpoint.load_network(tmp_path / "small.pt"), noise(tmp_path / "a.png", 0)
+    machine = start_machine(Runtime(device="cpu", threads=1, precision="fp32"))
+    (seen,) = predict.predict(trained, [picture], 10, machine, {}, squares=1)
+    assert torch.equal(seen.square, picture_file.open_square(picture, 48))
+    expected = scoring.logits(trained.model, seen.square[None], trained.eval_size).softmax(1)[0]
+    shares = dict(seen.choices)
+    assert [shares[name] for name in trained.classes] == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+def test_pictures_are_looked_at_in_the_machines_precision(tiny_run, tmp_path):
+    trained, seen = checkpoint.load_network(tiny_run), []
+    trained.model.fc.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    for precision in ("fp32", "bf16"):
+        machine = start_machine(Runtime(device="cpu", threads=1, precision=precision))
+        assert predict.predict(trained, [noise(tmp_path / "a.png", 0)], 2, machine, {})
+    assert seen == [torch.float32, torch.bfloat16]
 
 
 def test_the_last_epoch_s_network_is_asked_unless_the_best_is_wanted(tiny_run, tmp_path):

@@ -15,7 +15,7 @@ from picture_folders import TINY, fill
 import evaluate
 import train
 from augment import denormalise
-from harness import checkpoint, cli, errors, files, plots
+from harness import checkpoint, cli, errors, files, plots, run_folder
 from harness.demo_shapes import DEMO_CLASSES
 from harness.images import recorded_source
 from harness.metrics import wilson
@@ -146,6 +146,15 @@ def test_another_number_of_processes_is_noted(run: Path, capsys) -> None:
     assert trained(run) == 0
     assert "the run has been trained by 2 process(es) so far, and goes on by 1" in capsys.readouterr().out
     assert "by 2 process(es)" in json.loads((run / "summary.json").read_text())["notes"][-1]
+
+
+@pytest.mark.parametrize("seconds, drawn", [(0.0, [1, 2, 3, 4, 4]), (1e9, [4])])
+def test_plots_are_drawn_now_and_then_and_at_the_end(seconds, drawn, tmp_path, small_demo, empty_plots, monkeypatch):
+    found = []
+    monkeypatch.setattr(plots, "losses", lambda path, rows, **_: found.append(len(rows)))
+    monkeypatch.setattr(run_folder, "SECONDS_BETWEEN_PLOTS", seconds)
+    assert trained(tmp_path / "run") == 0
+    assert found == drawn
 
 
 def test_a_run_in_the_current_folder_has_its_name(tmp_path: Path, small_demo, empty_plots, monkeypatch) -> None:
