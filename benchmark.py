@@ -33,11 +33,11 @@ if __name__ == "__main__":
 import torch
 
 from augment import Batch, EpochDraws, draw_epoch, make_batch
+from data import TRAIN_IMAGES
 from harness import cost, files, scoring
 from harness.baseline import CLASS_COUNT, CORES, Baseline, Job, load, timed
 from harness.cli import MACHINE_FLAGS, Runtime, add_flags, file_path, machine_settings, whole_number
 from harness.machine import start_machine
-from harness.picture_defaults import STL10_TRAIN_IMAGES
 from harness.text import duration
 from recipes import RECIPES, Recipe, Stage, build_network
 from train import Trainer
@@ -47,6 +47,54 @@ SETTLING = 16  # steps whose median rate is compared with that of as many before
 SETTLED = 1.03  # times the rate before: less is no faster
 LONGEST_SETTLING = 20 * SETTLING
 PRODUCT_SIDE = {"cuda": 8192, "cpu": 2048}  # of the square matrices whose product shows what a machine reaches
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    runtime = machine_settings(parser, args)
+    recipe, machine = RECIPES[args.recipe], start_machine(runtime)
+    load(args.data_dir)
+    how = ", compiled" if machine.compile else ""
+    print(f"{machine}{how}, {CORES} cores, PyTorch {torch.__version__}", flush=True)
+    steps = args.steps or (100 if machine.device.type == "cuda" else 2)
+    measured = []
+    for point in points(recipe, args.size, args.batch):
+        measured.append(measure(Job(recipe, runtime, args.data_dir, *point, steps), args.turns))
+        print("\n" + markdown(measured[-1]), flush=True)
+    seconds = forecast(recipe, measured)
+    if seconds:
+        print(
+            f"\nAt these end-to-end rates the recipe {recipe.name} trains on {TRAIN_IMAGES:,} images for "
+            f"{duration(seconds['this project'])}, in the usual way for {duration(seconds['usual'])}."
+        )
+    if args.json:
+        about = {**machine.as_dict(), "cores": CORES, "torch": torch.__version__, "recipe": recipe.name}
+        files.write_text(args.json, json.dumps({**about, "points": measured, "seconds": seconds}, indent=2) + "\n")
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py",
+        description="Measure the usual training script's way and this project's in turns.",
+        allow_abbrev=False,
+    )
+    names = [name for name in RECIPES if name != "demo"]
+    parser.add_argument("--recipe", choices=names, default="original", help="whose views, sizes and batches to measure")
+    parser.add_argument(
+        "--size", type=whole_number(32, 1024), metavar="N", help="crop size in px (default: the recipe's)"
+    )
+    parser.add_argument("--batch", type=whole_number(2, 65_536), metavar="N", help="batch size (default: the recipe's)")
+    parser.add_argument("--turns", type=whole_number(1, 1000), default=5, metavar="N", help="turns a side (default: 5)")
+    steps = "batches per turn (default: 2, on CUDA 100)"
+    parser.add_argument("--steps", type=whole_number(1, 100_000), metavar="N", help=steps)
+    parser.add_argument(
+        "--data-dir", type=file_path, metavar="PATH", help="folder of stl10_binary (default: drawn pictures)"
+    )
+    parser.add_argument("--json", type=file_path, metavar="FILE", help="write all figures, those of each turn too")
+    add_flags(parser, Runtime, (*MACHINE_FLAGS, "compile"), with_defaults=True)
+    return parser
 
 
 class ThisProject:
@@ -80,7 +128,7 @@ class ThisProject:
 
     def end_to_end(self) -> None:
         draws, size = self._draw(), self.job.size
-        self.trainer.train_epoch(self.images, self.labels, draws, self.stage, size, tick=lambda: None)
+        self.trainer.train_epoch(self.images, self.labels, draws, self.stage, size, after_step=lambda: None)
 
     def score(self) -> None:
         images = self.images[self.index.to(self.machine.device)]
@@ -101,8 +149,10 @@ class Process:
 
     def __init__(self, kind: type[Baseline] | type[ThisProject], job: Job) -> None:
         self.samples, self.steps = job.samples, job.steps
-        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: a terminal's Ctrl-C is for this process
+        ignore = (signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for this process
+        context = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(1, context, initializer=signal.signal, initargs=ignore)
+        handler = signal.signal(*ignore)  # inherited while the other imports; but not on Windows
         self.begun = self.pool.submit(Process._begin, kind, job)  # starts the other
         signal.signal(signal.SIGINT, handler)
 
@@ -209,11 +259,11 @@ def forecast(recipe: Recipe, measured: list[dict[str, Any]]) -> dict[str, float]
     for side in SIDES:
         rates = {point["size"]: statistics.median(point["rows"][2][side]) for point in measured}
         if all(size in rates for stage in recipe.stages for size in stage.crop_size):
-            result[side] = cost.seconds_at_rates(recipe, STL10_TRAIN_IMAGES, rates)
+            result[side] = cost.seconds_at_rates(recipe, TRAIN_IMAGES, rates)
     return result
 
 
-def text(point: dict[str, Any]) -> str:
+def markdown(point: dict[str, Any]) -> str:
     """One point as a Markdown table, with a line on arithmetic and memory."""
     header = [
         f"{point['size']} px, batch {point['batch']}",
@@ -237,54 +287,6 @@ def cells_of(row: dict[str, Any]) -> list[str]:
     rates, ratios = [statistics.median(row[side]) for side in SIDES], row["ratios"]
     spread = f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
     return [row["name"], *(f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}" for rate in rates), spread]
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    runtime = machine_settings(parser, args)
-    recipe, machine = RECIPES[args.recipe], start_machine(runtime)
-    load(args.data_dir)
-    how = ", compiled" if machine.compile else ""
-    print(f"{machine}{how}, {CORES} cores, PyTorch {torch.__version__}", flush=True)
-    steps = args.steps or (100 if machine.device.type == "cuda" else 2)
-    measured = []
-    for point in points(recipe, args.size, args.batch):
-        measured.append(measure(Job(recipe, runtime, args.data_dir, *point, steps), args.turns))
-        print("\n" + text(measured[-1]), flush=True)
-    seconds = forecast(recipe, measured)
-    if seconds:
-        print(
-            f"\nAt these end-to-end rates the recipe {recipe.name} trains on {STL10_TRAIN_IMAGES:,} images for "
-            f"{duration(seconds['this project'])}, in the usual way for {duration(seconds['usual'])}."
-        )
-    if args.json:
-        about = {**machine.as_dict(), "cores": CORES, "torch": torch.__version__, "recipe": recipe.name}
-        files.write_text(args.json, json.dumps({**about, "points": measured, "seconds": seconds}, indent=2) + "\n")
-    return 0
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="benchmark.py",
-        description="Measure the usual training script's way and this project's in turns.",
-        allow_abbrev=False,
-    )
-    names = [name for name in RECIPES if name != "demo"]
-    parser.add_argument("--recipe", choices=names, default="original", help="whose views, sizes and batches to measure")
-    parser.add_argument(
-        "--size", type=whole_number(32, 1024), metavar="N", help="crop size in px (default: the recipe's)"
-    )
-    parser.add_argument("--batch", type=whole_number(2, 65_536), metavar="N", help="batch size (default: the recipe's)")
-    parser.add_argument("--turns", type=whole_number(1, 1000), default=5, metavar="N", help="turns a side (default: 5)")
-    steps = "batches per turn (default: 2, on CUDA 100)"
-    parser.add_argument("--steps", type=whole_number(1, 100_000), metavar="N", help=steps)
-    parser.add_argument(
-        "--data-dir", type=file_path, metavar="PATH", help="folder of stl10_binary (default: drawn pictures)"
-    )
-    parser.add_argument("--json", type=file_path, metavar="FILE", help="write all figures, those of each turn too")
-    add_flags(parser, Runtime, (*MACHINE_FLAGS, "compile"), with_defaults=True)
-    return parser
 
 
 if __name__ == "__main__":

@@ -47,22 +47,7 @@ class NoRun(RunError):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="compare.py",
-        description="Lay several runs side by side: one table, one accuracy plot.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        type=file_path,
-        metavar="RUN",
-        help="run folder, finished or still going; anything else, as in runs/*, is skipped",
-    )
-    parser.add_argument(
-        "--out", type=png_path, metavar="FILE", help="the plot, PNG (default: comparison.png beside the runs)"
-    )
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
     runs, broken = gather(args.runs)
     names = [text.printable(run.folder.resolve().name) for run in runs]
     names = names if len(set(names)) == len(names) else [text.printable(run.folder) for run in runs]
@@ -83,6 +68,25 @@ def main(argv: list[str] | None = None) -> int:
         )
         print(f"plot: {out}")
     return 1 if broken else 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="compare.py",
+        description="Lay several runs side by side: one table, one accuracy plot.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=file_path,
+        metavar="RUN",
+        help="run folder, finished or still going; anything else, as in runs/*, is skipped",
+    )
+    parser.add_argument(
+        "--out", type=png_path, metavar="FILE", help="the plot, PNG (default: comparison.png beside the runs)"
+    )
+    return parser
 
 
 def gather(named: Sequence[Path]) -> tuple[list[Run], bool]:
@@ -118,7 +122,7 @@ def read(folder: Path) -> Run:
         ):
             rows = [{key: _number(line[key], key) for key in COLUMNS} for line in csv.DictReader(file)]
         recipe, images = Recipe.from_dict(config["recipe"]), config["images"]
-        samples = recipe.samples(images["train"], [int(row["stage"]) - 1 for row in rows])
+        samples = recipe.samples(images["train"], len(rows))
         return Run(folder, recipe, images, config.get("parameters"), rows, samples)
     except (FileNotFoundError, NotADirectoryError):
         raise NoRun(f"{folder} is no run folder") from None

@@ -59,7 +59,7 @@ class Scored(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
-    paths = check(parser, args)
+    paths = checkpoints_of(parser, args)
     machine = start_machine(machine_settings(parser, args))
     sides = [[checkpoint.load_network(path) for path in side] for side in paths]
     networks = sides[0]
@@ -125,8 +125,9 @@ def build_parser() -> argparse.ArgumentParser:
         type=file_path,
         default=[],
         metavar="RUN_OR_CHECKPOINT",
-        help="as many others, each compared with the network of its place on the same images, and the pairs together "
-        "by McNemar's test; two networks alone are compared without it, the second against the first",
+        help="as many networks again: the first is compared with the first, the second with the second, on the same "
+        "images, and all pairs together by McNemar's test. Two networks given without this flag are compared too, the "
+        "second with the first",
     )
     parser.add_argument(
         "--split",
@@ -163,7 +164,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[list[Path]]:
+def checkpoints_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[list[Path]]:
     """The checkpoint files that are meant, and those to compare them with, if any.
 
     Options that exclude each other end the process with status 2.
@@ -184,7 +185,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[lis
     if args.against and not args.ensemble and len(args.against) != len(args.networks):
         parser.error(f"--against takes as many networks as stand before it, {len(args.networks)}: pairs are compared")
     paths = [[checkpoint.weights_file(path, args.best) for path in side] for side in sides]
-    every = [os.path.realpath(path) for side in paths for path in side]
+    every = [files.identity(path) for side in paths for path in side]
     if len(set(every)) < len(every):
         parser.error("the same network is given twice")
     return paths
@@ -253,7 +254,7 @@ def evaluate(members: list[TrainedNetwork], args: argparse.Namespace, machine: M
     images, labels = images_of(members, args)
     labels = labels.to(machine.device)
     print(f"{report.name(members)}: {len(labels):,} {args.split} images, {machine}", flush=True)
-    about, results, right, shown = [report.about(member) for member in members], [], [], 0
+    results, right, shown = [], [], 0
     for size in args.size:
         if args.protocol == "original":
             how, scores, truth = score_original(members[0], images, labels, size, machine)
@@ -263,7 +264,7 @@ def evaluate(members: list[TrainedNetwork], args: argparse.Namespace, machine: M
         right.append((scores.argmax(1) == truth).cpu())
         if len(results) == 1 or size == members[0].eval_size:
             shown, scored = len(results) - 1, Scored(images, labels, scores)
-    entry = report.entry(members, about, args.split, results, shown) | {"images_sha256": report.digest(images, labels)}
+    entry = report.entry(members, args.split, results, shown, data.images_digest(images, labels))
     return Evaluation(entry, right), scored
 
 

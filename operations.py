@@ -92,33 +92,13 @@ def trivial_augment(x: Tensor, uniforms: Tensor) -> Tensor:
     return x
 
 
-def _leave(x: Tensor, strength: Tensor) -> Tensor:
-    return x
-
-
-def _shear_x(x: Tensor, strength: Tensor) -> Tensor:
-    return _sampled(x, column_by_row=SHEAR * strength)
-
-
-def _shear_y(x: Tensor, strength: Tensor) -> Tensor:
-    return _sampled(x, row_by_column=SHEAR * strength)
-
-
-def _translate_x(x: Tensor, strength: Tensor) -> Tensor:
-    return _sampled(x, columns=-2 * TRANSLATION * strength)
-
-
-def _translate_y(x: Tensor, strength: Tensor) -> Tensor:
-    return _sampled(x, rows=-2 * TRANSLATION * strength)
-
-
 def _rotate(x: Tensor, strength: Tensor) -> Tensor:
     angle = torch.deg2rad(ROTATION * strength)
     cos, sin = torch.cos(angle), torch.sin(angle)
-    return _sampled(x, scale=cos, column_by_row=-sin, row_by_column=sin)
+    return _warped(x, scale=cos, column_by_row=-sin, row_by_column=sin)
 
 
-def _sampled(
+def _warped(
     x: Tensor,
     scale: Tensor | float = 1.0,
     column_by_row: Tensor | float = 0.0,
@@ -190,11 +170,11 @@ def _equalize(x: Tensor, strength: Tensor) -> Tensor:
 
 
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "identity": _leave,
-    "shear_x": _shear_x,
-    "shear_y": _shear_y,
-    "translate_x": _translate_x,
-    "translate_y": _translate_y,
+    "identity": lambda x, strength: x,
+    "shear_x": lambda x, strength: _warped(x, column_by_row=SHEAR * strength),
+    "shear_y": lambda x, strength: _warped(x, row_by_column=SHEAR * strength),
+    "translate_x": lambda x, strength: _warped(x, columns=-2 * TRANSLATION * strength),
+    "translate_y": lambda x, strength: _warped(x, rows=-2 * TRANSLATION * strength),
     "rotate": _rotate,
     "brightness": _blended(adjust_brightness),
     "saturation": _blended(adjust_saturation),

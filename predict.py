@@ -106,11 +106,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace, inputs: Sequence[Path]) -> None:
     """End the process with status 2 where an output would replace what is read, or another output."""
-    taken = {os.path.realpath(path) for path in inputs}
+    taken = {files.identity(path) for path in inputs}
     for flag, path in (("csv", args.csv), ("json", args.json), ("sheet", args.sheet)):
-        if path is not None and os.path.realpath(path) in taken:
+        if path is not None and files.identity(path) in taken:
             parser.error(f"--{flag} {path} would replace another file of this command; give it another name")
-        taken |= {os.path.realpath(path)} if path is not None else set()
+        taken |= {files.identity(path)} if path is not None else set()
 
 
 def gather(named: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:

@@ -163,19 +163,23 @@ class Recipe:
             epochs_done -= stage.epochs
         raise ValueError("the recipe has no further epoch")
 
+    def stage_at(self, epochs_done: int) -> Stage:
+        """The stage of the run's next epoch, after `epochs_done` of them."""
+        return self.stages[self.stage_and_epoch(epochs_done)[0]]
+
     def augmentation_at(self, epochs_done: int) -> ViewOptions:
-        """Options of the views of the epoch that follows `epochs_done` finished ones."""
+        """Options of the views in the run's next epoch, after `epochs_done` of them."""
         if epochs_done < round(self.mix_until * self.epochs):
             return self.augmentation
         return dataclasses.replace(self.augmentation, mixup=0.0, cutmix=0.0)
 
     def crop_size_at(self, epochs_done: int) -> int:
-        """Side in px of the views of the epoch that follows `epochs_done` finished ones."""
+        """Side in px of the views in the run's next epoch, after `epochs_done` of them."""
         index, epoch = self.stage_and_epoch(epochs_done)
         return self.stages[index].crop_size_at(epoch)
 
     def tta_at(self, epochs_done: int) -> str:
-        """Forms over which the validation images are scored after the epoch that follows `epochs_done` finished ones.
+        """Forms over which the validation images are scored after the run's next epoch, the one after `epochs_done`.
 
         `tta` after the last epoch, whose figure counts. Before it "mirror" replaces "multi", at a fifth of the cost.
         """
@@ -194,9 +198,9 @@ class Recipe:
         """Steps of an epoch of a stage over `images` training images; what does not fill a batch is left out."""
         return images * self.views_per_image // stage.batch
 
-    def samples(self, images: int, stage_indices: list[int]) -> int:
-        """Samples of one epoch of each of these stages (from 0) over `images` training images: whole batches only."""
-        stages = (self.stages[index] for index in stage_indices)
+    def samples(self, images: int, epochs_done: int) -> int:
+        """Samples of the first `epochs_done` epochs over `images` training images: whole batches only."""
+        stages = map(self.stage_at, range(epochs_done))
         return sum(self.steps_per_epoch(stage, images) * stage.batch for stage in stages)
 
     def learning_rate(self, stage: Stage, epoch: float) -> float:

@@ -28,7 +28,7 @@ from augment import Batch, EpochDraws, augmented_batch, draw_epoch, take_samples
 from data import Split, balanced_indices
 from harness import checkpoint, distributed, scoring
 from harness.channel_padding import with_padded_channels
-from harness.cli import Runtime, default_run_folder, idle_for_few_epochs, parse_train, usage_error
+from harness.cli import Runtime, default_run_folder, parse_train, too_few_epochs_for, usage_error
 from harness.compiled import CompiledForm
 from harness.cost import next_epoch_seconds
 from harness.graphs import Graphs
@@ -77,6 +77,7 @@ def fit(trainer: "Trainer", run: RunFolder, split: Split, runtime: Runtime, inte
         try:
             with interrupt.before_peer_loss(), errors.memory_reported(run.what_needs_memory):
                 train_stages(trainer, run, split, interrupt)
+                distributed.leave()
         except Stopped as stop:
             reason, status = stop.args
             print(f"stopped: {reason}")
@@ -109,7 +110,7 @@ def begin_or_continue(trainer: "Trainer", run: RunFolder, train_count: int, runt
                 trainer.net.load_state_dict(state["model"])
     elif recipe.init:
         checkpoint.take_weights(trainer.net, recipe.init)
-    for sentence in idle_for_few_epochs(recipe):
+    for sentence in too_few_epochs_for(recipe):
         trainer.machine.note(sentence)
     run.write_config(runtime, trainer.net)
     print(f"{run.folder}: {recipe.name}, {run.epochs_done} of {recipe.epochs} epochs done")
@@ -164,7 +165,6 @@ def train_stages(trainer: "Trainer", run: RunFolder, split: Split, interrupt: In
             train_seconds = trained_at - began - progress.cold_seconds  # without compiling
             rest_seconds = time.monotonic() - trained_at  # validation, checkpoint, plots
             interrupt.stop_if_out_of_time(next_epoch_seconds(recipe, run.epochs_done, train_seconds, rest_seconds))
-    distributed.leave()
 
 
 class EpochResult(NamedTuple):
@@ -232,12 +232,12 @@ class Trainer:
             rates_on_device(self.optimizer, self.machine.device)
 
     def train_epoch(
-        self, images: Tensor, labels: Tensor, draws: EpochDraws, stage: Stage, size: int, tick: Callable[[], None]
+        self, images: Tensor, labels: Tensor, draws: EpochDraws, stage: Stage, size: int, after_step: Callable[[], None]
     ) -> EpochResult:
         """One pass over the drawn samples: uint8 images (N, 3, H, W) and int64 labels (N,), where `hold` put them.
 
         `augmented_batch` makes the views: rotation, crop, flips, colours; then it normalises, erases and mixes.
-        Nothing waits for the device before the end; `tick` runs after each step and may raise.
+        Nothing waits for the device before the end; `after_step` may raise.
         With several processes, each takes an equal share of every batch and mixes samples only within it. BatchNorm
         also normalises within the share, and the leader's running statistics are kept. The result covers all shares.
         """
@@ -252,7 +252,7 @@ class Trainer:
             batch = self.graphs.run(augmented_batch, samples, draws.colour_orders[step], size, options, warm=1)
             losses[step], step_hits = self.step(batch)
             hits += step_hits
-            tick()
+            after_step()
         if not self.recipe.rate_by_step:
             self.schedule.step()
         return self._result(losses, hits, steps * stage.batch)

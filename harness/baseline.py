@@ -17,10 +17,10 @@ import augment
 import data
 from harness import demo_shapes
 from harness.cli import Runtime
-from harness.machine import LARGE_PAGES, choose_device
+from harness.machine import LARGE_PAGES, choose_device, own_threads, usable_cores
 from recipes import Recipe, build_network
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CORES = usable_cores()
 CLASS_COUNT = len(data.CLASSES)
 DRAWN = 50  # pictures a class
 
@@ -60,8 +60,7 @@ class Baseline:
 
     def __init__(self, job: Job) -> None:
         os.environ.pop(LARGE_PAGES, None)  # this project's idea, which it set before this process began
-        if job.runtime.threads:
-            torch.set_num_threads(job.runtime.threads)
+        torch.set_num_threads(job.runtime.threads or own_threads())
         self.job, self.device = job, choose_device(job.runtime.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # the one that is waited for, and whose memory is read

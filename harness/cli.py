@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import recipes
 from augment import ViewOptions
-from harness import distributed
+from harness import distributed, files
 from harness.text import counted
 from recipes import RECIPES, Recipe, Stage
 from settings import check_limits, option
@@ -69,8 +69,8 @@ def train_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--recipe",
         choices=RECIPES,
-        help="named settings to start from: the student project's, meant for a GPU; for minutes on two CPU cores; for "
-        "one to two hours; for one GPU; for drawn shapes (default: original; with --images: cpu)",
+        help="named settings to start from. original: the student project's, for a GPU; cpu: minutes on two CPU cores; "
+        "cpu-long: one to two hours; gpu: one GPU; demo: drawn shapes (default: original; with --images: cpu)",
     )
     parser.add_argument("--demo", action="store_true", help="the demo recipe, on pictures drawn by the program itself")
     add_flags(parser.add_argument_group("stages (one value per stage; each recipe has its own)"), Stage)
@@ -194,7 +194,7 @@ def parse_train(argv: list[str] | None = None) -> tuple[Recipe, Runtime]:
     out = default_run_folder(recipe, runtime)
     refuse_among_pictures(parser, out, runtime.images)
     for path in (*runtime.teacher, *([Path(recipe.init)] if recipe.init else [])):
-        if runtime.overwrite and _lies_in(path, out):
+        if runtime.overwrite and files.lies_in(path, out):
             parser.error(f"--overwrite starts anew in {out}, where {path} lies, which the run learns from; see --out")
     return recipe, runtime
 
@@ -218,7 +218,7 @@ def idle_settings(recipe: Recipe) -> dict[str, str]:
     return idle
 
 
-def idle_for_few_epochs(recipe: Recipe) -> Iterator[str]:
+def too_few_epochs_for(recipe: Recipe) -> Iterator[str]:
     """A sentence for each crop size, and for a share of the epochs, that the recipe has too few epochs for."""
     for number, stage in enumerate(recipe.stages, 1):
         if stage.unused_crop_sizes:
@@ -232,12 +232,8 @@ def idle_for_few_epochs(recipe: Recipe) -> Iterator[str]:
 
 def refuse_among_pictures(parser: argparse.ArgumentParser, out: Path, images: Path | None) -> None:
     """End the process with status 2 if a folder for output lies within the user's pictures."""
-    if images and _lies_in(out, images):
+    if images and files.lies_in(out, images):
         parser.error(f"the folder {out} lies within the pictures, {images}, and would be taken for a class; see --out")
-
-
-def _lies_in(path: Path, folder: Path) -> bool:
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def _with_flag(sentence: str, args: Collection[str]) -> str:

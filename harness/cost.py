@@ -38,8 +38,7 @@ def seconds_at_rates(
     for done in range(epochs_done, recipe.epochs if end is None else end):
         seconds += images * recipe.views_per_image / rates[recipe.crop_size_at(done)]
         if val:  # a forward pass alone, of each TTA form
-            stage, _ = recipe.stage_and_epoch(done)
-            seconds += val * PIXELS[recipe.tta_at(done)] * FORWARD_SHARE / rates[recipe.stages[stage].eval_size]
+            seconds += val * PIXELS[recipe.tta_at(done)] * FORWARD_SHARE / rates[recipe.stage_at(done).eval_size]
     return seconds
 
 
@@ -49,7 +48,7 @@ def next_epoch_seconds(recipe: Recipe, epochs_done: int, train_seconds: float, r
     Both grow with the pixels. The rest is mostly scoring, whose pixels are those of every TTA form of an image.
     """
     before, after = epochs_done - 1, epochs_done
-    eval_sizes = [recipe.stages[recipe.stage_and_epoch(done)[0]].eval_size for done in (before, after)]
+    eval_sizes = [recipe.stage_at(done).eval_size for done in (before, after)]
     forms = PIXELS[recipe.tta_at(after)] / PIXELS[recipe.tta_at(before)]
     train_seconds *= (recipe.crop_size_at(after) / recipe.crop_size_at(before)) ** 2
     return train_seconds + rest_seconds * (eval_sizes[1] / eval_sizes[0]) ** 2 * forms

@@ -38,7 +38,9 @@ def rank_and_world() -> tuple[int, int, int]:
         world = int(os.environ.get("WORLD_SIZE", 1))
         return (int(os.environ["RANK"]), world, int(os.environ["LOCAL_RANK"])) if world > 1 else (0, 1, 0)
     except (KeyError, ValueError) as error:
-        raise RunError("WORLD_SIZE without whole RANK and LOCAL_RANK; start with torchrun, or unset it") from error
+        raise RunError(
+            "WORLD_SIZE is set, but RANK or LOCAL_RANK is no whole number; start with torchrun, or unset WORLD_SIZE"
+        ) from error
 
 
 def world_size() -> int:

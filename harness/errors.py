@@ -1,5 +1,7 @@
 """What the user can act on, how a command reports it, and what can go wrong before a command has begun."""
 
+from __future__ import annotations  # so that a Python too old for the rest gets as far as saying so
+
 import codecs
 import contextlib
 import errno
@@ -8,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +19,7 @@ from types import TracebackType
 from harness.text import escape, printable
 
 OLDEST_PYTHON = (3, 11)
+WINDOWS_NO_MEMORY = (8, 14, 1455)  # the last: "The paging file is too small"
 # what PyTorch's allocators on CPU and CUDA, cuBLAS, cuDNN, oneDNN, C++ and the dynamic linker say
 NO_MEMORY = re.compile(
     r"can'?t allocate memory|cannot allocate memory|not enough memory|out of memory|alloc_failed|bad_alloc"
@@ -47,7 +51,8 @@ def _lack_of_memory(error: BaseException | None) -> BaseException | None:
     while error is not None and not isinstance(error, RunError):
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, not imported here
             return error
-        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        lacking = isinstance(error, OSError) and getattr(error, "winerror", None) in WINDOWS_NO_MEMORY
+        if lacking or isinstance(error, OSError) and error.errno == errno.ENOMEM:
             return error
         if isinstance(error, RuntimeError | ImportError) and NO_MEMORY.search(str(error)):
             return error
@@ -72,7 +77,8 @@ def before_imports() -> None:
     Until `report` takes over, Ctrl-C ends the process without a word, as there is nothing to save nor to explain. Too
     little memory for the imports, or a TQDM_… variable that tqdm cannot use, is one line and status 1.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored, after `&`
+    # not where a shell has it ignored, after `&`, nor in a notebook, whose kernel it would end
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler and "ipykernel" not in sys.modules:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.version_info < OLDEST_PYTHON:
         oldest, this = (".".join(map(str, version[:2])) for version in (OLDEST_PYTHON, sys.version_info))
@@ -84,6 +90,7 @@ def before_imports() -> None:
         from tqdm import tqdm
 
         tqdm.monitor_interval = 0  # no thread beside ours
+        tqdm.set_lock(threading.RLock())  # nor a process that looks after a semaphore
         tqdm(total=1, file=io.StringIO(), disable=False).close()
     except (KeyError, ValueError, IndexError) as error:  # tqdm reads its variables at the import, and uses some later
         names = ", ".join(sorted(name for name in os.environ if name.startswith("TQDM_")))

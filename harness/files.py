@@ -10,6 +10,7 @@ import stat
 import sys
 import tempfile
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -118,7 +119,8 @@ def _copy_rights(status: os.stat_result, path: Path) -> None:
     with contextlib.suppress(OSError, AttributeError):  # to give a file away takes root, and a system with owners
         os.chown(path, status.st_uid, status.st_gid)
     with contextlib.suppress(OSError):
-        os.chmod(path, stat.S_IMODE(status.st_mode))
+        if os.name != "nt":  # where a read-only file could not be renamed, nor removed
+            os.chmod(path, stat.S_IMODE(status.st_mode))
 
 
 def _write_into(path: Path, temporary: Path) -> None:
@@ -135,6 +137,31 @@ def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
     for name in names:
         for path in folder.glob(f".{name}.*tmp"):
             path.unlink(missing_ok=True)
+
+
+def try_to_write_in(folder: Path) -> None:
+    """Create an empty file in a folder, and remove it. Raises OSError where that fails."""
+    path = folder / f".{secrets.token_hex(4)}.tmp"
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    path.unlink()
+
+
+def identity(path: Path) -> object:
+    """What two paths have in common exactly if they lead to the same file or folder, however their names are written.
+
+    Some file systems ignore case, or how letters are composed; where nothing is yet, that is assumed.
+    """
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        if status.st_ino:  # some Windows volumes number no file
+            return status.st_dev, status.st_ino
+    return unicodedata.normalize("NFC", os.path.realpath(path)).casefold()
+
+
+def lies_in(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder or leads to something below it."""
+    real = Path(os.path.realpath(path))
+    return identity(folder) in map(identity, (real, *real.parents))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -169,10 +196,8 @@ def locked(folder: Path, *, wait: bool) -> Iterator[Path]:
         lock.acquire()
     except filelock.Timeout:
         raise RunError(f"another run is using {folder}; wait for it or choose another with --out") from None
-    except PermissionError as error:
-        raise RunError(f"cannot write in {folder}: {reason(error)}; choose another folder") from error
-    except (OSError, NotImplementedError) as error:
-        if getattr(error, "errno", None) == errno.EROFS:
+    except (OSError, NotImplementedError) as error:  # there are no locks here, unless nothing may be written
+        if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
             raise RunError(f"cannot write in {folder}: {reason(error)}; choose another folder") from error
     try:
         yield folder

@@ -1,6 +1,5 @@
 """Which images a run is about: STL-10's, the demo's, or a folder of the user's own; which train and which validate."""
 
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -38,8 +37,7 @@ def load_images(recipe: Recipe, data_dir: Path, images: Path | None = None, *, f
 def _read(recipe: Recipe, data_dir: Path, images: Path | None, fetch: bool) -> DataSet:
     """All training and validation images."""
     if images is not None:
-        dataset, given_split = picture_folder.load(images, recipe.image_size)
-        return dataclasses.replace(dataset, given_split=given_split)
+        return picture_folder.load(images, recipe.image_size)
     if recipe.name == DEMO.name:
         return demo_shapes.load(data_dir, "train")
     try:

@@ -41,7 +41,11 @@ class Interrupt:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {
+            number: signal.signal(number, self._on_signal)
+            for number in (signal.SIGINT, signal.SIGTERM)
+            if signal.getsignal(number) is not signal.SIG_IGN  # as a shell has it of what it runs in the background
+        }
         try:
             yield
         finally:
@@ -57,6 +61,8 @@ class Interrupt:
         elif now > self._came + (ECHO if self.world == 1 else TORCHRUN_ECHO):
             if "ipykernel" in sys.modules:  # the process is the notebook's, with all that it holds
                 raise KeyboardInterrupt
+            if os.name == "nt":  # where os.kill would end the process with the signal's number as its status
+                os._exit(128 + number)
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 

@@ -120,9 +120,10 @@ def start_machine(runtime: Runtime) -> Machine:
     device = choose_device(runtime.device)
     if world > 1 and device.type == "cuda":
         device = choose_device(f"cuda:{local_rank}")
-    own_threads = _own_threads()
-    if runtime.threads or own_threads != torch.get_num_threads():
-        torch.set_num_threads(runtime.threads or own_threads)
+    own = own_threads()  # noted before the first run changes them
+    threads = runtime.threads or own
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
     if device.type == "cuda":
         _try_kernel(device)  # before set_device, which may fail where another program has the card for itself
         torch.cuda.set_device(device)
@@ -150,13 +151,20 @@ def start_machine(runtime: Runtime) -> Machine:
 
 
 @functools.cache
-def _own_threads() -> int:
+def own_threads() -> int:
     """This process's CPU threads before its first run: a notebook's next run must not have this one's --threads.
 
     PyTorch counts the cores that it sees. In a container that may use fewer, as many threads would hold each other up.
     """
-    threads, quota = torch.get_num_threads(), _cpu_quota(Path("/sys/fs/cgroup"))
-    return threads if quota is None or "OMP_NUM_THREADS" in os.environ else max(1, min(threads, int(quota)))
+    threads = torch.get_num_threads()
+    return threads if "OMP_NUM_THREADS" in os.environ else min(threads, usable_cores())
+
+
+def usable_cores() -> int:
+    """The CPU cores that this process is bound to, but no more than its container may use."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cpu_quota(Path("/sys/fs/cgroup"))
+    return bound if quota is None else max(1, min(bound, int(quota)))
 
 
 def _cpu_quota(groups: Path) -> float | None:

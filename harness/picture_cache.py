@@ -7,6 +7,7 @@ hashed, and a square made from the same bytes is reused, whatever their file was
 import contextlib
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from harness.files import atomic_write
 from harness.picture_search import CACHE_PREFIX, named_in_full
 from harness.text import printable
 
+TRUSTS_STATUS = os.name != "nt"  # what Windows calls ctime is the time of creation, so there all files are hashed
 VERSION = 2  # of what `picture_file.open_square` gives: squares kept by another version are not used
 
 
@@ -45,11 +47,12 @@ def squares(folder: Path, paths: Sequence[Path], size: int) -> Tensor:
     names = [path.relative_to(folder).as_posix() for path in paths]
     kept = _read(file, size)
     status = [_status(path) for path in paths]
-    if kept is not None and list(kept.status.items()) == list(zip(names, status, strict=True)):
+    if kept is not None and TRUSTS_STATUS and list(kept.status.items()) == list(zip(names, status, strict=True)):
         return torch.from_numpy(kept.images)
     row_of = {} if kept is None else {digest: row for row, digest in enumerate(kept.digests.values())}
     known = {} if kept is None else {name: kept.digests[name] for name in names if name in kept.digests}
-    unchanged = {name for name, now in zip(names, status, strict=True) if name in known and kept.status[name] == now}
+    same = {name for name, now in zip(names, status, strict=True) if name in known and kept.status[name] == now}
+    unchanged = same if TRUSTS_STATUS else set()
     images = np.empty((len(paths), 3, size, size), np.uint8)
     digests = [known[name] if name in unchanged else "" for name in names]
     done = np.array([name in unchanged for name in names])

@@ -3,12 +3,11 @@
 import dataclasses
 import math
 
-from data import Split
+from data import TRAIN_IMAGES, Split
 from harness import distributed, picture_folder
 from harness.cli import Runtime, usage_error
 from recipes import MOST_VIEWS, Recipe
 
-STL10_TRAIN_IMAGES = 4000  # what the recipes' views are set for
 # For small sets: the views of a picture over the whole run beyond which nothing is gained, the steps below which there
 # are too few, and the smallest batch (docs/EXPERIMENTS.md, "Folders of few pictures").
 MOST_PASSES = 500
@@ -47,7 +46,7 @@ def fit_views(recipe: Recipe, images: int) -> Recipe:
 
     Of few images there are no more than MOST_PASSES views each in all epochs together, unless the recipe has more.
     """
-    views = round(recipe.views_per_image * STL10_TRAIN_IMAGES / images)
+    views = round(recipe.views_per_image * TRAIN_IMAGES / images)
     most = max(recipe.views_per_image, MOST_PASSES // recipe.epochs)
     least = math.ceil(LEAST_BATCH / images)  # an epoch is a batch at least
     return dataclasses.replace(recipe, views_per_image=max(least, min(views, most, MOST_VIEWS)))

@@ -4,7 +4,6 @@
 is read and what is passed over: docs/PICTURES.md.
 """
 
-import dataclasses
 import hashlib
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from data import DataSet
+from data import DataSet, images_digest
 from harness import picture_cache, picture_search, picture_split
 from harness.errors import RunError, reason
 from harness.picture_search import PassedOver, named_in_full
@@ -32,8 +31,8 @@ class Listing(NamedTuple):
     labels: Tensor
 
 
-def load(folder: Path, size: int) -> tuple[DataSet, tuple[Tensor, Tensor] | None]:
-    """All pictures of a folder at `size` px, and (train, val) indices, int64, where the folder itself splits them.
+def load(folder: Path, size: int) -> DataSet:
+    """All pictures of a folder at `size` px; `given_split` is set where the folder itself splits them.
 
     Prints what is passed over, and what is odd. Raises RunError for fewer than two classes, a class without pictures,
     a file that cannot be opened, and a picture that is there under two classes or in both train and val.
@@ -70,13 +69,13 @@ def load_test(folder: Path, size: int) -> tuple[DataSet, DataSet | None]:
     parts = [_list(part, PassedOver()) for part in (layout.train, layout.val) if part]
     if not parts:
         return test, None
-    others, split = _read(parts, size, announce=False)
+    others = _read(parts, size, announce=False)
     known = set(_digests(others.images))
     leaks = [printable(path) for path, digest in zip(listing.paths, _digests(images), strict=True) if digest in known]
     if leaks:
         are, them = ("is", "it") if len(leaks) == 1 else ("are", "them")
         raise RunError(f"{named_in_full(leaks)} {are} in train or val too, as the same pixels; take {them} out of test")
-    return test, dataclasses.replace(others, given_split=split)
+    return test, others
 
 
 def _list(folder: Path, passed: PassedOver) -> Listing:
@@ -116,7 +115,7 @@ def _pictures_of(name: str, folders: list[Path], passed: PassedOver) -> list[Pat
     return pictures
 
 
-def _read(listings: list[Listing], size: int, announce: bool) -> tuple[DataSet, tuple[Tensor, Tensor] | None]:
+def _read(listings: list[Listing], size: int, announce: bool) -> DataSet:
     """The pictures of one listing, or of train's and val's; what is odd is printed if `announce`."""
     first, last = listings[0], listings[-1]
     one_sided = sorted(set(first.classes) ^ set(last.classes))
@@ -143,10 +142,8 @@ def _read(listings: list[Listing], size: int, announce: bool) -> tuple[DataSet, 
         _name_the_dark(images, paths)
     if len(kept) < len(images):
         images, labels, part = images[kept], labels[kept], part[kept]
-    digest = hashlib.sha256(images.numpy().data)
-    digest.update(labels.numpy().data)
     split = tuple((part == number).nonzero()[:, 0] for number in (0, 1)) if len(listings) == 2 else None
-    return DataSet(images, labels, first.classes, digest.hexdigest()), split
+    return DataSet(images, labels, first.classes, images_digest(images, labels), split)
 
 
 def _digests(images: Tensor) -> list[bytes]:

@@ -5,12 +5,14 @@ import functools
 import os
 import stat
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
 
+from harness import files
 from harness.errors import reason
 from harness.text import MOST_LISTED, listed, printable
 
@@ -79,7 +81,7 @@ def _kinds(paths: list[Path], why: str) -> str:
 
 
 def named_in_full(sentences: list[str]) -> str:
-    """Them as a part of one sentence; where that leaves some out, each is a line on stderr first."""
+    """The sentences joined into one. If that leaves some out, all are printed on stderr first, one a line."""
     if len(sentences) > MOST_LISTED:
         print(*sentences, sep="\n", file=sys.stderr)
     return listed(sentences)
@@ -95,20 +97,24 @@ def suffixes() -> frozenset[str]:
 def find(folder: Path, passed: PassedOver) -> list[Path]:
     """All pictures in a folder and below it, by their names, links followed. The rest goes into `passed`.
 
-    They are sorted by the characters of their names on every system: the split and a data set's digest depend on it.
+    They are sorted by the composed characters of their names, alike on every system: the split and a data set's digest
+    depend on it.
     """
-    return sorted(_find(folder, [], passed), key=lambda path: path.parts)  # Windows compares paths without case
+    return sorted(_find(folder, [], passed), key=_order)
+
+
+def _order(path: Path) -> tuple[list[str], tuple[str, ...]]:
+    """Windows compares paths without case, and a Mac may decompose the letters of names."""
+    return [unicodedata.normalize("NFC", part) for part in path.parts], path.parts
 
 
 def _find(folder: Path, above: list[object], passed: PassedOver) -> Iterator[Path]:
     try:
-        status = os.stat(folder)
         folders, pictures = look_into(folder, passed)
     except OSError as error:
         passed.add(f"folder cannot be read ({reason(error)})", folder)
         return
-    # some Windows volumes number no file
-    identity = (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(folder)
+    identity = files.identity(folder)
     if identity in above:
         passed.add(LOOP, folder)
         return

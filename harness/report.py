@@ -1,6 +1,5 @@
 """What an evaluation says: the entry of `report.json`, the table and notes on the terminal, and the pictures."""
 
-import hashlib
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,16 +32,20 @@ def name(members: Sequence[TrainedNetwork]) -> str:
     return " + ".join(str(member.file) for member in members)
 
 
-def entry(members: Sequence[TrainedNetwork], about: list[Entry], split: str, results: list[Entry], shown: int) -> Entry:
-    """All figures and notes of a network or an ensemble; `shown` is the index of the result that the pictures show."""
+def entry(members: Sequence[TrainedNetwork], split: str, results: list[Entry], shown: int, images: str) -> Entry:
+    """All figures and notes of a network or an ensemble.
+
+    `shown` is the index of the result that the pictures show, `images` the digest of what was scored.
+    """
     return {
         "name": name(members),
         "split": split,
         "parameters": sum(count_parameters(member.model) for member in members),
-        "members": about,
+        "members": [about(member) for member in members],
         "notes": _notes(members, split, results),
         "results": results,
         "shown": shown,
+        "images_sha256": images,
     }
 
 
@@ -61,13 +64,6 @@ def about(member: TrainedNetwork) -> Entry:
         "epochs": member.recipe.epochs,
         "selected_on_val": member.selected,
     }
-
-
-def digest(images: Tensor, labels: Tensor) -> str:
-    """SHA-256 of the images uint8 (N, 3, H, W) and labels int64 (N,) that were scored, in this order."""
-    known = hashlib.sha256(images.cpu().contiguous().numpy().data)
-    known.update(labels.cpu().numpy().data)
-    return known.hexdigest()
 
 
 def _notes(members: Sequence[TrainedNetwork], split: str, results: list[Entry]) -> list[str]:

@@ -183,10 +183,10 @@ class RunFolder:
 
     def what_needs_memory(self) -> str:
         """The epoch in flight, as the end of a sentence about memory, with the way out."""
-        stage_index, epoch = self.recipe.stage_and_epoch(min(self.epochs_done, self.recipe.epochs - 1))
-        stage = self.recipe.stages[stage_index]
+        done = min(self.epochs_done, self.recipe.epochs - 1)
+        stage, size = self.recipe.stage_at(done), self.recipe.crop_size_at(done)
         return (
-            f"epoch {self.epochs_done + 1}: batches of {stage.batch} views of {stage.crop_size_at(epoch)} px, "
+            f"epoch {self.epochs_done + 1}: batches of {stage.batch} views of {size} px, "
             f"scored at {stage.eval_size} px; give a smaller --batch, --crop-size or --eval-size, "
             "or fewer --views, whose random numbers are drawn an epoch at a time"
         )
@@ -286,7 +286,7 @@ class RunFolder:
             "parameters": count_parameters(net),
             "images": self.images,
             "epochs": self.epochs_done,
-            "samples": self.recipe.samples(self.images["train"], [row["stage"] - 1 for row in self.rows]),
+            "samples": self.recipe.samples(self.images["train"], self.epochs_done),
             "last": self._result(self.rows[-1]),
             "best, selected on these images": self._result(self.best),
             "seconds": round(sum(row["seconds"] for row in self.rows), 1),

@@ -6,13 +6,12 @@ Test images choose nothing. Whoever scores a run again and again, and keeps what
 import datetime
 import json
 import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from harness import files
 from harness.errors import RunError, reason
-from harness.files import write_text
 
 FILE = "test-scorings.json"
 
@@ -36,7 +35,7 @@ def add(folder: Path, **scoring: Any) -> None:
     """Note one more scoring, with date and time. Raises RunError where it cannot be noted."""
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     text = json.dumps([*read(folder), {"date": now, **scoring}], indent=2)
-    write_text(folder / FILE, text + "\n")
+    files.write_text(folder / FILE, text + "\n")
 
 
 def warn(folders: Iterable[Path]) -> None:
@@ -47,7 +46,7 @@ def warn(folders: Iterable[Path]) -> None:
     for folder in folders:
         before = read(folder)
         try:
-            tempfile.TemporaryFile(dir=folder).close()
+            files.try_to_write_in(folder)
         except OSError as error:
             raise RunError(
                 f"{folder} cannot be written ({reason(error)}), so a scoring on the test images could not be noted "

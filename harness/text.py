@@ -1,5 +1,7 @@
 """Text for people: tables, lengths of time, and names as they can be printed."""
 
+from __future__ import annotations  # so that a Python too old for the rest gets as far as saying so
+
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path

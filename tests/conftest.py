@@ -1,5 +1,6 @@
 import functools
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from PIL import Image
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each of several workers takes one core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it of what it runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["no_proxy"] = "127.0.0.1"  # the tests' own servers are not asked for through anybody's proxy
 
 import train

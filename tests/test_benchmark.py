@@ -138,7 +138,7 @@ def test_a_row_shows_medians_and_the_spread_of_the_ratios():
 
 
 def test_the_table_is_markdown_with_arithmetic_and_memory():
-    lines = benchmark.text(point(70, [10.0], [50.0])).splitlines()
+    lines = benchmark.markdown(point(70, [10.0], [50.0])).splitlines()
     assert [line.count("|") for line in lines[:6]] == [5] * 6 and lines[6] == ""
     assert lines[0] == "| 70 px, batch 8 | usual, images/s | this project, images/s | times faster |"
     assert "usual 0.05 (6%), this project 0.4 (50%)" in lines[7] and "1.00 and 1.50 GiB" in lines[7]

@@ -126,7 +126,7 @@ def test_accuracy_against_size(tiny_run, tmp_path, capsys, monkeypatch):
 def test_default_folders(tiny_runs, tmp_path):
     def folder(*arguments: object) -> Path:
         args = evaluate.build_parser().parse_args([str(argument) for argument in arguments])
-        paths, *_ = evaluate.check(evaluate.build_parser(), args)
+        paths, *_ = evaluate.checkpoints_of(evaluate.build_parser(), args)
         return evaluate.default_folder(args, [checkpoint.load_network(path) for path in paths])
 
     first, second = tiny_runs

@@ -172,3 +172,14 @@ def test_who_has_a_signal_stops_by_it_rather_than_by_losing_the_others():
             raise PeerLost("gone")
         with pytest.raises(ValueError), either.before_peer_loss():
             raise ValueError("another matter")
+
+
+def test_what_a_shell_has_ignored_stays_ignored() -> None:
+    """As for a run in the background, whose terminal's Ctrl-C is meant for another one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with listening() as either:
+        signals(signal.SIGINT)
+        assert either.received == 0
+        signals(signal.SIGTERM)
+        assert either.received == signal.SIGTERM
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

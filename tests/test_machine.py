@@ -1,6 +1,7 @@
 """Choosing a device, its precision, and whether steps are compiled."""
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 
@@ -46,12 +47,12 @@ def test_deterministic_is_set_where_asked_for(restored):
 
 def test_a_run_s_threads_are_not_those_of_the_next(restored):
     """In one process, as a notebook's cells are."""
-    machine_module._own_threads.cache_clear()
+    machine_module.own_threads.cache_clear()
     torch.set_num_threads(2)
     for asked, threads in ((1, 1), (None, 2), (3, 3), (None, 2)):
         start_machine(Runtime(device="cpu", threads=asked))
         assert torch.get_num_threads() == threads
-    machine_module._own_threads.cache_clear()
+    machine_module.own_threads.cache_clear()
 
 
 def test_a_device_that_is_not_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch):
@@ -192,7 +193,9 @@ def test_a_containers_share_of_the_cores_is_read(files: dict[str, str], cpus: fl
 def test_threads_are_no_more_than_the_container_may_use(quota, threads, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
     monkeypatch.setattr(machine_module, "_cpu_quota", lambda groups: quota)
-    assert machine_module._own_threads.__wrapped__() == threads
+    assert machine_module.own_threads.__wrapped__() == threads
+    assert machine_module.usable_cores() == (16 if quota is None else max(1, min(16, int(quota))))
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    assert machine_module._own_threads.__wrapped__() == 8
+    assert machine_module.own_threads.__wrapped__() == 8

@@ -350,6 +350,15 @@ def test_no_output_replaces_what_is_read(flag: str, tiny_run, picture, tmp_path,
         status_2(predict.main, capsys, tiny_run / "last.pt", picture, f"--{flag}", tiny_run / "last.pt")
 
 
+def test_nor_under_another_name(tiny_run, picture, tmp_path, capsys) -> None:
+    """As on a disk that ignores case; here by a second name of the file."""
+    other = tmp_path / "other.png"
+    os.link(picture, other)
+    assert "would replace another file" in status_2(predict.main, capsys, tiny_run, picture, "--sheet", other)
+    words = ("--csv", tmp_path / "caf\u00e9", "--json", tmp_path / "CAFE\u0301")
+    assert "would replace another file" in status_2(predict.main, capsys, tiny_run, picture, *words)
+
+
 def test_no_output_replaces_another(tiny_run, picture, tmp_path, capsys) -> None:
     status_2(predict.main, capsys, tiny_run, picture, "--csv", tmp_path / "t", "--json", tmp_path / "in" / ".." / "t")
 

@@ -43,7 +43,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def load(folder: Path) -> torch.Tensor:
     """The squares, which must be those of the files as they are now."""
     paths = sorted(folder.glob("*/*.*"))
-    squares = picture_folder.load(folder, 32)[0].images
+    squares = picture_folder.load(folder, 32).images
     assert torch.equal(
         squares, torch.stack([torch.from_numpy(np.array(Image.open(p))).permute(2, 0, 1) for p in paths])
     )
@@ -174,6 +174,17 @@ def test_unchanged_files_are_not_read(images, monkeypatch):
     load(images)
     monkeypatch.setattr(picture_cache, "_digest", lambda path: pytest.fail("a picture was read again"))
     load(images)
+
+
+def test_where_times_do_not_tell_of_changes_all_files_are_hashed(images, opened, monkeypatch):
+    """As on Windows, whose files have no time of change."""
+    monkeypatch.setattr(picture_cache, "TRUSTS_STATUS", False)
+    monkeypatch.setattr(picture_cache, "_status", lambda path: [1, 2, 3, 4])
+    load(images)
+    opened.clear()
+    _write_over(images)
+    load(images)
+    assert opened == [images / "cat" / "0.bmp"]
 
 
 def test_squares_of_another_version_are_not_used(images, opened, monkeypatch):

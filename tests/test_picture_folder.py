@@ -34,8 +34,8 @@ def recipe(**changes: object) -> recipes.Recipe:
 def test_every_picture_arrives_as_its_square_under_its_class(images: Path) -> None:
     (images / "apple" / ".hidden.png").write_bytes(b"no picture")
     (images / ".hidden").mkdir()
-    found, split = picture_folder.load(images, 32)
-    assert split is None and found.classes == ("apple", "leaf", "sky")
+    found = picture_folder.load(images, 32)
+    assert found.given_split is None and found.classes == ("apple", "leaf", "sky")
     assert found.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5 and found.labels.dtype == torch.int64
     paths = [path for name in found.classes for path in sorted((images / name).glob("[!.]*"))]
     assert torch.equal(found.images, torch.stack([picture_file.open_square(path, 32) for path in paths]))
@@ -60,14 +60,14 @@ def test_pictures_of_any_mode_arrive_in_eight_bit_colours(tmp_path: Path) -> Non
     for name, (page, _) in pages.items():
         more = {"save_all": True, "append_images": animation[1:]} if name == "g.gif" else {}
         page.save(tmp_path / "one" / name, **more)
-    found = picture_folder.load(tmp_path, 32)[0]
+    found = picture_folder.load(tmp_path, 32)
     for image, (name, (_, colour)) in zip(found.images, pages.items(), strict=False):
         assert torch.equal(image, torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1).expand(3, 32, 32)), name
 
 
 def test_pictures_in_folders_below_a_class_belong_to_it(images: Path) -> None:
     draw(images / "leaf" / "2024" / "may" / "new.png", COLOURS["leaf"], 77)
-    assert picture_folder.load(images, 32)[0].labels.tolist() == [0] * 5 + [1] * 6 + [2] * 5
+    assert picture_folder.load(images, 32).labels.tolist() == [0] * 5 + [1] * 6 + [2] * 5
 
 
 def test_split_follows_the_rule_for_stl10(images: Path) -> None:
@@ -97,19 +97,19 @@ def test_given_split_is_taken_as_it_is(tmp_path: Path) -> None:
 
 
 def test_squares_are_kept_and_used_again(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = picture_folder.load(images, 32)[0]
+    first = picture_folder.load(images, 32)
     assert [path.name for path in images.iterdir() if path.name.startswith(".")] == [".squares-32px.npz"]
     with monkeypatch.context() as patch:
         patch.setattr(picture_file, "open_square", lambda *_: pytest.fail("a picture was opened again"))
-        again = picture_folder.load(images, 32)[0]
+        again = picture_folder.load(images, 32)
     assert torch.equal(again.images, first.images) and again.digest == first.digest
-    assert picture_folder.load(images, 40)[0].images.shape[-1] == 40
-    assert torch.equal(picture_folder.load(images, 32)[0].images, first.images)
+    assert picture_folder.load(images, 40).images.shape[-1] == 40
+    assert torch.equal(picture_folder.load(images, 32).images, first.images)
 
 
 @pytest.mark.parametrize("change", ("changed", "touched", "added", "removed", "renamed"))
 def test_kept_squares_are_made_anew_when_the_pictures_are_others(images: Path, change: str) -> None:
-    before = picture_folder.load(images, 32)[0]
+    before = picture_folder.load(images, 32)
     path = images / "sky" / "sky0.png"
     if change == "changed":
         draw(path, (0, 0, 0), 5)
@@ -124,7 +124,7 @@ def test_kept_squares_are_made_anew_when_the_pictures_are_others(images: Path, c
         path.unlink()
     else:
         path.rename(path.with_name("sky9.png"))
-    after = picture_folder.load(images, 32)[0]
+    after = picture_folder.load(images, 32)
     paths = [path for name in after.classes for path in sorted((images / name).iterdir())]
     assert torch.equal(after.images, torch.stack([picture_file.open_square(path, 32) for path in paths]))
     assert (after.digest == before.digest) is False
@@ -132,13 +132,13 @@ def test_kept_squares_are_made_anew_when_the_pictures_are_others(images: Path, c
 
 @pytest.mark.parametrize("damage", ("emptied", "cut", "flipped", "foreign"))
 def test_damaged_squares_are_made_anew(images: Path, damage: str) -> None:
-    right = picture_folder.load(images, 32)[0]
+    right = picture_folder.load(images, 32)
     kept = images / ".squares-32px.npz"
     content = bytearray(kept.read_bytes())
     middle = len(content) // 2
     content[middle] ^= 1
     kept.write_bytes({"emptied": b"", "cut": content[:middle], "flipped": content, "foreign": b"hello"}[damage])
-    assert torch.equal(picture_folder.load(images, 32)[0].images, right.images)
+    assert torch.equal(picture_folder.load(images, 32).images, right.images)
     assert np.load(kept)["images"].shape == (15, 3, 32, 32)
 
 
@@ -150,7 +150,7 @@ def test_folder_that_cannot_be_written_is_read_and_says_so(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", refuse)
-        found = picture_folder.load(images, 32)[0]
+        found = picture_folder.load(images, 32)
     told = capsys.readouterr().out
     assert len(found.labels) == 15 and told.count("\n") == 1 and "Permission denied" in told and "again" in told
     assert not list(images.glob(".*"))
@@ -158,7 +158,7 @@ def test_folder_that_cannot_be_written_is_read_and_says_so(
 
 def test_repeated_picture_within_a_class_counts_once(images: Path, capsys: pytest.CaptureFixture) -> None:
     (images / "leaf" / "leaf9.png").write_bytes((images / "leaf" / "leaf0.png").read_bytes())
-    found = picture_folder.load(images, 32)[0]
+    found = picture_folder.load(images, 32)
     assert found.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
     assert capsys.readouterr().out == (
         f"1 picture(s) passed over that are there twice in a class: {images / 'leaf' / 'leaf9.png'}\n"
@@ -171,21 +171,21 @@ def test_a_repeated_picture_goes_with_its_square(tmp_path: Path) -> None:
 
     for start, name in enumerate(("train", "val", "test")):
         fill(tmp_path / name, 2, start=500 * start)
-    (before, split), before_test = found()
+    before, before_test = found()
     for name in ("train", "test"):
         apple = tmp_path / name / "apple"
         (apple / "again.png").write_bytes((apple / "apple0.png").read_bytes())
-    (after, same_split), after_test = found()
+    after, after_test = found()
     for one, other in ((before, after), (before_test, after_test)):
         assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
-    assert after.digest == before.digest and all(map(torch.equal, split, same_split))
+    assert after.digest == before.digest and all(map(torch.equal, before.given_split, after.given_split))
 
 
 def test_a_picture_that_changes_its_class_makes_another_data_set(images: Path) -> None:
-    before = picture_folder.load(images, 32)[0]
+    before = picture_folder.load(images, 32)
     last = max((images / "apple").iterdir())
     last.rename(images / "leaf" / f"a{last.suffix}")
-    after = picture_folder.load(images, 32)[0]
+    after = picture_folder.load(images, 32)
     assert torch.equal(after.images, before.images) and after.labels.tolist() == [0] * 4 + [1] * 6 + [2] * 5
     assert after.digest != before.digest
 
@@ -265,7 +265,7 @@ def test_broken_files_are_named_and_the_others_kept(images: Path, monkeypatch: p
 
 def test_other_files_are_passed_over_aloud(images: Path, capsys: pytest.CaptureFixture) -> None:
     (images / "apple" / "notes.txt").write_text("red")
-    assert len(picture_folder.load(images, 32)[0].labels) == 15
+    assert len(picture_folder.load(images, 32).labels) == 15
     assert "passed over 1, not a picture by its name: apple/notes.txt" in capsys.readouterr().out
 
 
@@ -332,7 +332,7 @@ def test_training_on_a_folder_keeps_its_classes_and_refuses_other_images(
     assert train.main(command) == 0
     run = tmp_path / "runs" / "pictures-demo-seed0"
     config = json.loads((run / "config.json").read_text())
-    assert config["images"] == {"train": 30, "val": 12, "digest": picture_folder.load(images, 40)[0].digest}
+    assert config["images"] == {"train": 30, "val": 12, "digest": picture_folder.load(images, 40).digest}
     trained = checkpoint.load_network(run)
     assert trained.classes == ("apple", "leaf", "sky") and trained.model.fc.out_features == 3
     assert recorded_source(run) == recorded_source(run / "best.pt") == (Path("data"), images)

@@ -117,6 +117,6 @@ def test_folder_of_pictures_that_arrive_almost_black_says_so(tmp_path, capsys):
     for name in ("x", "y"):
         values = np.random.default_rng(len(name)).integers(0, 4096, (40, 40)).astype(np.uint16)
         Image.fromarray(values + (name == "y")).save(images / "sky" / f"{name}.png")
-    assert len(picture_folder.load(images, 32)[0].labels) == 8
+    assert len(picture_folder.load(images, 32).labels) == 8
     told = capsys.readouterr().out
     assert f"2 picture(s) are almost black, with no value above 15 of 255 ({images / 'sky' / 'x.png'} …)" in told

@@ -54,7 +54,7 @@ def test_split_is_recognised_by_its_names(tmp_path, names, capsys):
 def test_pictures_named_test_neither_train_nor_validate(tmp_path):
     fill(tmp_path / "Training", 3)
     fill(tmp_path / "Testing", 3, start=500)
-    everything = picture_folder.load(tmp_path, 32)[0].images
+    everything = picture_folder.load(tmp_path, 32).images
     for image in picture_folder.load_test(tmp_path, 32)[0].images:
         assert not (everything == image).flatten(1).all(1).any()
     (tmp_path / "Testing" / "sky" / "copy.png").write_bytes((tmp_path / "Training" / "sky" / "sky0.png").read_bytes())
@@ -77,7 +77,7 @@ def test_classes_may_have_the_names_of_parts(tmp_path):
     for seed, name in enumerate(("train", "car", "test", "valid ticket")):
         draw(tmp_path / name / "a.png", COLOURS["sky"], seed)
     assert layout(tmp_path) == Layout(tmp_path)
-    assert picture_folder.load(tmp_path, 32)[0].classes == ("car", "test", "train", "valid ticket")
+    assert picture_folder.load(tmp_path, 32).classes == ("car", "test", "train", "valid ticket")
     draw(tmp_path / "train" / "steam" / "b.png", COLOURS["sky"], 9)
     with pytest.raises(
         RunError, match="train holds folders itself and is named as a part of a split, but .*car"
@@ -102,7 +102,7 @@ def test_parts_with_loose_pictures_are_no_classes(tmp_path, names):
 def test_classes_may_hold_folders_of_different_names(tmp_path):
     for seed, name in enumerate(("animals/cats", "animals/dogs", "plants/trees", "plants/dogs")):
         draw(tmp_path / name / "a.png", COLOURS["sky"], seed)
-    assert picture_folder.load(tmp_path, 32)[0].classes == ("animals", "plants")
+    assert picture_folder.load(tmp_path, 32).classes == ("animals", "plants")
 
 
 def _copies(*names: str):
@@ -154,7 +154,7 @@ def test_folders_beside_a_split_are_named(tmp_path, capsys):
     draw(tmp_path / "cover.png", COLOURS["sky"], 6)
     draw(tmp_path / "train" / "cover.png", COLOURS["sky"], 7)
     (tmp_path / "old").symlink_to("nowhere")
-    assert len(picture_folder.load(tmp_path, 32)[0].labels) == 6
+    assert len(picture_folder.load(tmp_path, 32).labels) == 6
     told = capsys.readouterr().out
     assert "passed over 1, folder beside a split: extra" in told
     assert "passed over 1, part of a split without class folders: test_images" in told
@@ -171,9 +171,9 @@ def test_composed_and_decomposed_names_are_one_class(tmp_path, where, capsys):
         for seed in range(2):
             draw(tmp_path / place / name / f"{number}{seed}.png", COLOURS["sky"], 10 * number + seed)
             draw(tmp_path / place / "tea" / f"{number}{seed}.png", COLOURS["leaf"], 50 + 10 * number + seed)
-    dataset, split = picture_folder.load(tmp_path, 32)
+    dataset = picture_folder.load(tmp_path, 32)
     assert dataset.classes == (composed, "tea") and dataset.labels.bincount().tolist() == [4, 4]
-    assert (split is None) == (where == "one folder")
+    assert (dataset.given_split is None) == (where == "one folder")
     assert ("the names of 2 folders look the same" in capsys.readouterr().out) == (where == "one folder")
 
 

@@ -144,6 +144,28 @@ def test_other_errors_are_not_of_memory(error: BaseException) -> None:
     assert not is_out_of_memory(error)
 
 
+def test_windows_own_words_for_too_little_memory_are_known(capsys: pytest.CaptureFixture) -> None:
+    """Windows gives that number, which Python translates into EINVAL."""
+    error = OSError(errno.EINVAL, "The paging file is too small for this operation to complete")
+    error.winerror = 1455
+    test_out_of_memory_is_recognised(error, capsys)
+
+
+def test_a_notebooks_own_way_to_stop_a_cell_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setenv("MATPLOTLIBRC", os.devnull)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for modules, left in (({"ipykernel": sys}, signal.default_int_handler), ({}, signal.SIG_DFL)):
+            with monkeypatch.context() as patch:
+                patch.delitem(sys.modules, "ipykernel", raising=False)
+                sys.modules.update(modules)
+                errors.before_imports()
+                assert signal.getsignal(signal.SIGINT) is left
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_what_the_allocators_really_raise() -> None:
     for allocate in (lambda: torch.empty(2**60), lambda: bytearray(2**60), lambda: torch.zeros(2**45) + 1):
         with pytest.raises((RuntimeError, MemoryError)) as caught:
