@@ -284,3 +284,10 @@ def test_a_strength_switches_its_own_operation_alone(name: str):
     views = augment.augment(images, uniforms, FIRST_ORDER, 96, options)
     for image, amount, view in zip(images, amounts, views, strict=True):
         torch.testing.assert_close(view, getattr(tv, f"adjust_{name}")(image / 255, amount), rtol=0, atol=2e-5)
+
+
+def test_colours_are_normalised_by_the_published_figures():
+    """Which no checkpoint holds: by others, every network trained before would see other colours."""
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276)))
+    x = torch.rand(2, 3, 5, 5)
+    torch.testing.assert_close(normalise(x), (x - mean) / std, rtol=1e-5, atol=1e-6)

@@ -117,6 +117,7 @@ def at_step(number: int, *actions: processes.Prepare) -> tuple[processes.Prepare
 
 
 TERM, KILL = (functools.partial(processes.send, number) for number in (signal.SIGTERM, signal.SIGKILL))
+TERM_AND_ECHO = functools.partial(processes.send, signal.SIGTERM, signal.SIGTERM, apart=1.0)  # as torchrun passes it on
 SMALL_DISK = functools.partial(processes.limit_files, 1000)
 FAULTS = {
     "SIGTERM, noticed in different steps": ({0: at_step(4, TERM), 1: at_step(3, TERM)}, [], [143, 143]),
@@ -126,6 +127,11 @@ FAULTS = {
             0: (functools.partial(processes.before, checkpoint.save, 1, TERM),),
             1: (functools.partial(processes.before, distributed.max_over_ranks, 4, TERM),),
         },
+        [],
+        [143, 143],
+    ),
+    "SIGTERM, passed on by torchrun once more": (
+        {rank: at_step(4, TERM_AND_ECHO) for rank in (0, 1)},
         [],
         [143, 143],
     ),
@@ -141,7 +147,7 @@ FAULTS = {
 }
 
 
-LONG_FORM = ("noticed by the leader first", "leader saves", "leader killed")
+LONG_FORM = ("noticed by the leader first", "leader saves", "passed on", "leader killed")
 
 
 @pytest.mark.parametrize(
@@ -164,6 +170,25 @@ def test_stopped_run_ends_in_all_processes_and_continues_bit_for_bit(fault: str,
 
 def _spoil_views() -> None:
     processes.replace(augment.normalise, lambda x, inplace=False: x * math.nan)
+
+
+def _see_no_state() -> None:
+    processes.replace(checkpoint.resume, lambda folder: (None, None))
+
+
+def test_processes_that_see_different_folders_do_not_train_together(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(out, None, "--max-minutes", "0.00001") == [3, 3], log(out, 0) + log(out, 1)
+    before = (out / "last.pt").read_bytes()
+    assert run(out, {1: (_see_no_state,)}) == [1, 1], log(out, 0) + log(out, 1)
+    assert f"{out} is not one and the same folder for all processes" in log(out, 1)
+    assert (out / "last.pt").read_bytes() == before
+
+
+def test_the_rank_is_among_all_processes_and_not_on_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.rank_and_world() == (3, 4, 1)
 
 
 def test_nan_in_one_share_ends_all_processes(tmp_path: Path) -> None:

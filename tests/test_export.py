@@ -20,7 +20,7 @@ from torch import Tensor
 import augment
 import export
 import recipes
-from harness import checkpoint, demo_shapes, scoring
+from harness import checkpoint, demo_shapes, download, scoring
 from harness.errors import RunError
 from harness.images import Source, fingerprint, load_images
 
@@ -222,3 +222,14 @@ def test_images_of_the_run_are_compared_where_they_are(tmp_path: Path) -> None:
     assert export.sample(trained, Source(tmp_path, None), False)[0].shape == (8, 3, 96, 96)
     with pytest.raises(RunError, match="cannot read the folder"):
         export.sample(trained, Source(tmp_path, tmp_path / "absent"), True)
+
+
+def test_nothing_is_fetched_to_compare_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "fetch", lambda *_: pytest.fail("fetched"))
+    recipe = recipes.replace(recipes.RECIPES["demo"], {"planes": (2, 2, 2), "name": "original"})
+    payload = {"kind": "weights", "recipe": recipe.as_dict(), "classes": list("0123456789"), "eval_size": 96}
+    payload |= {"images": {"train": 4000, "val": 1000}, "epoch": 3}
+    checkpoint.save(tmp_path / "a.pt", {**payload, "model": recipes.build_network(recipe, 10).state_dict()})
+    trained = checkpoint.load_network(tmp_path / "a.pt")
+    assert "drawn by the program" in export.sample(trained, Source(tmp_path / "data", None), False)[1]
+    assert not (tmp_path / "data").exists()

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import kill_runs
 import pytest
-from conftest import TINY_RUN
 from processes import RUNS, TINY, before, limit_files, run, send, tiny
 from run_contents import differences
 
@@ -197,26 +196,6 @@ def test_time_limit(reference: dict[str, Path], out: list[str], log: Path) -> No
     assert run([*ONE, *out, "--max-minutes", "0.0001"], log, tiny) == STOPPED_BY_TIME
     assert "--max-minutes 0.0001" in log.read_text() and rows(Path(out[1])) == 1
     continues(Path(out[1]), reference)
-
-
-@pytest.mark.parametrize(("sizes", "stops"), [("32,32", False), ("32,64", True), ("64,32", False)])
-def test_time_limit_knows_that_larger_views_take_longer(
-    sizes: str, stops: bool, tmp_path: Path, small_demo: None, empty_plots: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first of two epochs takes 1000 s, and 2000 s are left: enough for views of the same size, not of twice it."""
-    now, train_epoch = 0.0, train.Trainer.train_epoch
-
-    def slow(*args: object) -> train.EpochResult:
-        nonlocal now
-        now += 1000
-        return train_epoch(*args)
-
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    monkeypatch.setattr(train.Trainer, "train_epoch", slow)
-    place = ["--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
-    argv = [*TINY_RUN, "--epochs", "2", "0", "--crop-size", sizes, "32", "--max-minutes", "50", *place]
-    assert train.main(argv) == (STOPPED_BY_TIME if stops else 0)
-    assert rows(tmp_path / "run") == (1 if stops else 2)
 
 
 # the disk

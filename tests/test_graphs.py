@@ -144,6 +144,19 @@ def test_a_continued_run_captures_the_rates_that_change(name: str, recorded: Non
     torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-5)
 
 
+def test_a_new_stage_is_learnt_by_its_own_optimiser_and_rates(recorded: None):
+    """At the size of the stage before, whose graphs would go on with its momentum and at its last rate."""
+    recipe = dataclasses.replace(SMALL["wide"], views_per_image=1)
+    found = []
+    for graphs in (False, True):
+        trainer = begun(recipe, torch.float32, graphs)
+        train_epoch(trainer, 0)
+        assert bool(trainer.graphs._graphs) == graphs
+        trainer.begin_stage(dataclasses.replace(STAGE, lr=0.005), IMAGES)
+        found.append(train_epoch(trainer, 0))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
+
+
 def test_a_step_that_cannot_be_captured_goes_on_without_a_graph(monkeypatch: pytest.MonkeyPatch, recorded: None):
     @contextlib.contextmanager
     def refused(graph: Any, pool: Any) -> Iterator[None]:

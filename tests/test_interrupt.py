@@ -183,3 +183,13 @@ def test_what_a_shell_has_ignored_stays_ignored() -> None:
         signals(signal.SIGTERM)
         assert either.received == signal.SIGTERM
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_torchruns_echo_may_come_when_the_run_has_ended(clock: types.SimpleNamespace):
+    def work() -> None:
+        with listening(world=2):
+            signals(signal.SIGINT)
+        clock.now += 2.9
+        signals(signal.SIGINT)
+
+    assert ended_by(work) == 0

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as tv
 
 import augment
@@ -125,3 +125,17 @@ def test_batches_have_it() -> None:
     views = augment.augment(images[draws.order[8:]], uniforms, draws.colour_orders[1], 32, options)
     expected = normalise(trivial_augment(views.clone(), uniforms[:, augment.COLUMNS :]))
     assert torch.equal(batch.x, expected) and not torch.equal(batch.x, normalise(views))
+
+
+def test_operations_and_their_ranges_are_those_of_torchvisions_wide_space() -> None:
+    """And their order, by which the draws of a run begun before choose."""
+    space = v2.TrivialAugmentWide._AUGMENTATION_SPACE
+    theirs = {
+        f"{kind}_{axis}": f"{kind.capitalize()}{axis.upper()}" for kind in ("shear", "translate") for axis in "xy"
+    }
+    theirs |= {"saturation": "Color", "autocontrast": "AutoContrast"}
+    assert [theirs.get(name, name.capitalize()) for name in OPERATIONS] == list(space)
+    amounts = {name: magnitudes(31, 96, 96) for name, (magnitudes, _) in space.items()}
+    strongest = [amounts[name].max().item() for name in ("ShearX", "TranslateX", "Rotate", "Brightness")]
+    assert [SHEAR, 96 * TRANSLATION, ROTATION, FACTOR] == pytest.approx(strongest)
+    assert operations.FEWEST_BITS == amounts["Posterize"].min().item()

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from picture_folders import COLOURS, TINY, draw, fill
@@ -203,3 +204,13 @@ def test_settings_of_a_split_are_refused_where_the_folder_has_its_own(tmp_path, 
         train.main([*command, flag, value])
     assert stop.value.code == 2 and f"{flag} is of no use: {tmp_path / 'set'} has a val" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_balanced_draws_written_out():
+    """From a stream apart from that of the views; another would end every balanced run begun before."""
+    rng = np.random.default_rng((7, 1, 2, 1))
+    large = rng.permutation(4)[:3]
+    small = [*rng.permutation(2), *rng.permutation(2)][:3]
+    labels = torch.tensor([0, 0, 0, 0, 1, 1])
+    drawn = balanced_indices(torch.arange(6), labels, (7, 1, 2))
+    assert drawn.tolist() == [*large, *(4 + number for number in small)]

@@ -1,6 +1,7 @@
 """Files with broken metadata or without their last bytes: read where the pixels are whole, else refused."""
 
 import io
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -135,3 +136,12 @@ def test_half_a_picture_is_refused_in_any_format(tmp_path, kind):
 @pytest.mark.parametrize("missing", [1, 2, 4, 8, 12, 14])
 def test_png_without_its_end_is_whole(tmp_path, missing):
     assert torch.equal(square(tmp_path, encoded("PNG")[:-missing]), torch.from_numpy(PIXELS).permute(2, 0, 1))
+
+
+def test_progressive_jpeg_without_its_last_scans_is_refused(tmp_path):
+    content = encoded("JPEG", PHOTO, quality=90, progressive=True)
+    scans = [match.start() for match in re.finditer(rb"\xff\xda", content)]
+    assert len(scans) > 5
+    for start in scans[1:]:
+        with pytest.raises(RunError, match="truncated"):
+            square(tmp_path, content[:start], "a.jpg")

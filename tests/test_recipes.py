@@ -1,11 +1,14 @@
 """The recipes against what they are said to be."""
 
+import csv
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from augment import ViewOptions
 from data import AUGMENTATIONS
 from model import count_parameters
 from recipes import RECIPES, Recipe, Stage, UnknownSettings, build_network, replace
@@ -104,3 +107,43 @@ def test_a_network_over_the_budget_is_refused_with_the_way_out(planes):
     recipe = dataclasses.replace(RECIPES["original"], planes=planes)
     with pytest.raises(ValueError, match="2,000,000: give smaller --layers or --planes, or a larger --budget"):
         build_network(recipe, 10)
+
+
+@pytest.mark.parametrize("name, file", [("cpu", "cpu-six-seed0.csv"), ("cpu-long", "cpu-long-112-seed0.csv")])
+def test_a_recipe_is_that_of_its_recorded_run(name, file):
+    """Its epochs and rates; and the share of right answers is one of whole samples."""
+    with open(Path(__file__).parent.parent / "docs" / "runs" / file, newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    recipe = RECIPES[name]
+    (stage,) = recipe.stages
+    assert len(rows) == recipe.epochs
+    rates = [recipe.learning_rate(stage, epoch) for epoch in range(len(rows))]
+    assert rates == pytest.approx([float(row["lr"]) for row in rows], rel=1e-9)
+    for row in rows:
+        hits = float(row["train_accuracy"]) * recipe.samples(4_000, 1)
+        assert hits == pytest.approx(round(hits), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, images, samples",
+    [("original", 4_000, 35_200_000), ("cpu", 4_000, 223_744), ("cpu-long", 4_000, 1_920_000),
+     ("gpu", 4_000, 5_120_000), ("demo", 1_200, 18_432)],
+)  # fmt: skip
+def test_recipes_have_their_published_number_of_samples(name, images, samples):
+    assert RECIPES[name].samples(images, RECIPES[name].epochs) == samples
+
+
+def test_the_shorter_recipe_differs_from_the_longer_in_what_is_said():
+    cpu, longer = RECIPES["cpu"], RECIPES["cpu-long"]
+    mild = ViewOptions(
+        crop_scale=(0.25, 1.0), rotation=10.0, vflip=0.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1
+    )
+    same = {"name": "cpu", "stages": cpu.stages, "views_per_image": 14, "last_pool": True, "average": 0.995}
+    assert cpu == dataclasses.replace(longer, augmentation=mild, **same)
+
+
+def test_rates_of_restarts_are_those_of_the_recipes_own_cycles():
+    recipe = dataclasses.replace(RECIPES["original"], cycle=1, cycle_growth=3, cycle_decay=0.5)
+    stage = recipe.stages[0]
+    shares = [recipe.learning_rate(stage, epoch) / stage.lr for epoch in range(5)]
+    assert shares == pytest.approx([1, 0.5, 0.375, 0.125, 0.25])

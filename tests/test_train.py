@@ -358,3 +358,22 @@ def test_each_epoch_is_asked_for_by_the_recipe_and_its_row_is_that_of_its_steps(
         losses, hits = zip(*part, strict=True)
         assert float(row["train_loss"]) == pytest.approx(sum(losses) / len(losses), rel=1e-6)
         assert float(row["train_accuracy"]) == sum(hits) / 320
+
+
+# stopped and continued
+
+
+def test_a_run_from_other_weights_continues_from_its_own(tiny_run: Path, tmp_path: Path, small_demo) -> None:
+    start = ["--init", str(tiny_run / "last.pt"), "--seed", "1"]
+    assert run(tmp_path / "whole" / "run", *start) == 0
+    statuses = [run(tmp_path / "run", *start, "--max-minutes", "1e-9") for _ in range(3)]
+    assert statuses == [3, 3, 0]
+    assert differences(tmp_path / "run", tmp_path / "whole" / "run") == []
+
+
+def test_what_continues_a_stopped_run_is_said(tmp_path: Path, small_demo, capsys) -> None:
+    limit = ["--max-minutes", "1e-9"]
+    assert run(tmp_path / "run", *limit, "--overwrite") == 3
+    assert capsys.readouterr().out.endswith("\nthe same command without --overwrite continues this run\n")
+    assert run(tmp_path / "run", *limit) == 3
+    assert capsys.readouterr().out.endswith("\nthe same command continues this run\n")

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from augment import Batch, EpochDraws, ViewOptions, draw_epoch, make_batch, normalise
 from harness import scoring
+from harness.errors import RunError
 from harness.machine import Machine
 from model import build_model
 from recipes import RECIPES, Recipe, Stage, build_network
@@ -179,6 +180,36 @@ def test_a_step_whose_compiler_fails_is_repeated_without_it(monkeypatch: pytest.
     assert torch.equal(result.losses, expected.losses)
     assert torch.equal(floats(trainer.net.state_dict()), floats(plain.net.state_dict()))
     assert len(machine.notes) == 1 and machine.notes[0].endswith("so it goes on uncompiled, slower: no compiler")
+
+
+def test_gradients_of_a_step_that_failed_half_way_are_gone(monkeypatch: pytest.MonkeyPatch):
+    def failing(net: torch.nn.Module, **_) -> Callable:
+        def compiled(x: torch.Tensor) -> torch.Tensor:
+            for parameter in net.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            raise RuntimeError("no compiler")
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", failing)
+    _, result = trained(dataclasses.replace(PLAIN, compile=True, notes=[]))
+    _, expected = trained()
+    assert torch.equal(result.losses, expected.losses)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RunError("another matter")])
+def test_what_is_no_failure_to_compile_is_not_called_one(error: Exception, monkeypatch: pytest.MonkeyPatch):
+    def failing(net: torch.nn.Module, **_) -> Callable:
+        def compiled(x: torch.Tensor) -> torch.Tensor:
+            raise error
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", failing)
+    machine = dataclasses.replace(PLAIN, compile=True, notes=[])
+    with pytest.raises(type(error)):
+        trained(machine)
+    assert machine.notes == []
 
 
 def test_compiling_may_fail_for_another_batch_of_the_same_size(monkeypatch: pytest.MonkeyPatch):

@@ -9,6 +9,7 @@ from harness import checkpoint, scoring
 from harness.images import load_images
 from harness.metrics import hits_and_loss
 from model import PARAMETER_BUDGET, count_parameters
+from recipes import RECIPES
 
 FOLDER = Path(__file__).parent.parent / "weights"
 CARD = (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -28,6 +29,10 @@ def test_they_are_within_the_budgets(trained):
     assert trained.file.stat().st_size < 5e6
     assert count_parameters(trained.model) <= PARAMETER_BUDGET
     assert not trained.selected
+
+
+def test_the_recipe_of_today_is_the_one_that_trained_the_newer_network():
+    assert checkpoint.load_network(FOLDER / "cpu-long-v2-seed0.pt").recipe == RECIPES["cpu-long"]
 
 
 @pytest.mark.slow

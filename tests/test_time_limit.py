@@ -1,0 +1,69 @@
+"""What `--max-minutes` counts, on a clock that the tests set; that a run which it stopped continues: test_faults.py."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import TINY_RUN
+
+import train
+from harness import checkpoint
+from harness.interrupt import STOPPED_BY_TIME
+
+
+@pytest.mark.parametrize(("sizes", "stops"), [("32,32", False), ("32,64", True), ("64,32", False)])
+def test_time_limit_knows_that_larger_views_take_longer(
+    sizes: str, stops: bool, tmp_path: Path, small_demo: None, empty_plots: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of two epochs takes 1000 s, and 2000 s are left: enough for views of the same size, not of twice it."""
+    now, train_epoch = 0.0, train.Trainer.train_epoch
+
+    def slow(*args: object) -> train.EpochResult:
+        nonlocal now
+        now += 1000
+        return train_epoch(*args)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(train.Trainer, "train_epoch", slow)
+    place = ["--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
+    argv = [*TINY_RUN, "--epochs", "2", "0", "--crop-size", sizes, "32", "--max-minutes", "50", *place]
+    assert train.main(argv) == (STOPPED_BY_TIME if stops else 0)
+    state, _ = checkpoint.resume(tmp_path / "run")
+    assert len(state["rows"]) == (1 if stops else 2)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "cold", "stops"), [(54, 0.0, True), (56, 0.0, False), (48, 400.0, True), (49, 400.0, False)]
+)
+def test_time_limit_counts_from_the_command_and_knows_what_an_epoch_took(
+    minutes: int, cold: float, stops: bool, tmp_path: Path, small_demo: None, empty_plots: None, monkeypatch
+) -> None:
+    """Opening the images takes 300 s; an epoch 1000 s, `cold` of them to compile, and 500 s of scoring."""
+    now, watched = 0.0, train.Progress.epoch
+
+    def slow(function: Callable, seconds: float) -> Callable:
+        def call(*args: object, **options: object) -> object:
+            nonlocal now
+            now += seconds
+            return function(*args, **options)
+
+        return call
+
+    @contextlib.contextmanager
+    def epoch(progress: train.Progress, *args: object) -> Iterator[Callable[[], None]]:
+        with watched(progress, *args) as tick:
+            yield tick
+        progress.cold_seconds = cold
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(train, "load_images", slow(train.load_images, 300))
+    monkeypatch.setattr(train.Trainer, "train_epoch", slow(train.Trainer.train_epoch, 1000))
+    monkeypatch.setattr(train.Trainer, "validate", slow(train.Trainer.validate, 500))
+    monkeypatch.setattr(train.Progress, "epoch", epoch)
+    place = ["--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
+    argv = [*TINY_RUN, "--epochs", "2", "0", "--max-minutes", str(minutes), *place]
+    assert train.main(argv) == (STOPPED_BY_TIME if stops else 0)
+    state, _ = checkpoint.resume(tmp_path / "run")
+    assert [row["seconds"] for row in state["rows"]] == [1500.0] * (1 if stops else 2)
