@@ -11,7 +11,6 @@ import contextlib
 import csv
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from harness import errors
 if __name__ == "__main__":
     errors.before_imports()  # which take seconds
 
-from harness import canvas, plots, text
+from harness import canvas, files, plots, text
 from harness.cli import expanded, file_path, png_path
 from harness.errors import RunError, reason
 from harness.metrics import interval
@@ -97,7 +96,7 @@ def gather(named: Sequence[Path]) -> tuple[list[Run], bool]:
     runs, skipped, broken = {}, [], False
     for path in expanded(named):
         try:
-            runs.setdefault(os.path.realpath(path), read(path))
+            runs.setdefault(files.identity(path), read(path))
         except RunError as error:
             skipped.append(str(error))
             broken = broken or not isinstance(error, NoRun)

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import os
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,9 +75,9 @@ def main(argv: list[str] | None = None) -> int:
         for side, evaluations in zip(sides, evaluated, strict=True):
             for members in [side] if args.ensemble else [[network] for network in side]:
                 evaluation, scored = evaluate(members, args, machine)
-                evaluations.append(evaluation)
                 if args.split == "test":
-                    note_scoring(members, evaluation)
+                    note_scoring(members, evaluation)  # or it is not shown: nobody is to lose count
+                evaluations.append(evaluation)
             if len({averaged_over(network.recipe) for network in side}) > 1:
                 print("warning: these networks differ in more than their seeds and splits", file=sys.stderr)
         entries, *opposed = entries_of(evaluated)
@@ -117,7 +116,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         type=file_path,
         metavar="RUN_OR_CHECKPOINT",
-        help="run folder or checkpoint; several are scored one by one, with mean and standard deviation",
+        help="run folder or checkpoint; several are scored one by one, with mean and standard deviation, and anything "
+        "else among them, as in runs/*, is skipped",
     )
     parser.add_argument(
         "--against",
@@ -177,7 +177,9 @@ def checkpoints_of(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     if args.size and len(args.size) > 1 and (args.protocol == "original" or args.split == "test"):
         parser.error("several sizes are compared on clean val images only: the test images choose nothing")
     args.size = sorted(set(args.size)) if args.size else [None]
-    args.networks, args.against = networks_among(expanded(args.networks)), networks_among(expanded(args.against))
+    args.networks, args.against = expanded(args.networks), expanded(args.against)
+    if not (args.against or args.ensemble or args.split == "test"):  # where each one counts, each one is meant
+        args.networks = networks_among(args.networks)
     refuse_idle_best(parser, args.best, [*args.networks, *args.against])
     sides = [side for side in (args.networks, args.against) if side]
     if args.ensemble and any(len(side) < 2 for side in sides):
@@ -200,13 +202,13 @@ def networks_among(paths: list[Path]) -> list[Path]:
     if len(others) == len(paths):  # the first one's error will say what is wrong
         return paths
     for path in others:
-        print(f"skipped: {printable(path)} holds no network", file=sys.stderr)
+        print(f"skipped: {printable(path)} is neither a folder with a checkpoint nor a .pt file", file=sys.stderr)
     return [path for path in paths if path not in others]
 
 
 def may_be_network(path: Path) -> bool:
-    """Whether a folder holds a checkpoint, or a file is one by its name or its form."""
-    return checkpoint.weights_file(path).exists() if path.is_dir() else path.suffix == ".pt" or zipfile.is_zipfile(path)
+    """Whether a folder holds a checkpoint, or a file is called one."""
+    return checkpoint.weights_file(path).exists() if path.is_dir() else path.suffix == ".pt"
 
 
 def default_folder(args: argparse.Namespace, networks: list[TrainedNetwork]) -> Path:

@@ -109,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def require_replaceable(path: Path, trained: TrainedNetwork) -> None:
     """Raise RunError if a file is there that no export wrote, or the very checkpoint that is exported."""
-    if path.exists() and (path.resolve() == trained.file.resolve() or not _is_export(path)):
+    if path.exists() and (files.identity(path) == files.identity(trained.file) or not _is_export(path)):
         raise RunError(f"{path} is there and was not written by export.py; name another folder with --out")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model import ResNet, WideNet
 from recipes import Recipe, Stage
 
 MOMENTUM = 0.9  # of sgd and muon
@@ -18,7 +19,7 @@ FILTER_RATE = 0.1  # of Muon's steps, as a share of the rate of everything else
 
 
 def build_optimizer(
-    recipe: Recipe, stage: Stage, net: nn.Module, precision: torch.dtype = torch.float32
+    recipe: Recipe, stage: Stage, net: ResNet | WideNet, precision: torch.dtype = torch.float32
 ) -> torch.optim.Optimizer:
     """The recipe's optimiser, in PyTorch's fused form; norms and biases without decay unless `decay_norms`.
 

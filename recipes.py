@@ -102,7 +102,7 @@ class Recipe:
     last_pool: bool = option("wide: halve the last group's maps too; without, they are finer and cost more", True)
 
     optimizer: str = option(
-        "optimiser (sgd: Nesterov momentum 0.9; muon: the same, but filters by orthogonalised momentum)",
+        "optimiser (sgd: Nesterov momentum 0.9; muon: the same, but filters after the stem by orthogonalised momentum)",
         "adam",
         choices=("adam", "adamw", "sgd", "muon"),
     )

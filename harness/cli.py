@@ -34,7 +34,7 @@ class Runtime:
     )
     out: Path | None = option("run folder (default: runs/RECIPE-seedSEED, with the images' and fold's names)", None)
     device: str = option("cpu, cuda, cuda:1 …; auto takes CUDA where there is any", "auto")
-    threads: int = option("CPU threads; 0 leaves the choice to PyTorch", 0, low=0, high=1024)
+    threads: int = option("CPU threads; 0: PyTorch's choice, but no more than a container may use", 0, low=0, high=1024)
     precision: str = option(
         "arithmetic of the network; auto: bf16 where the hardware has it, fp16 on older GPUs with tensor cores",
         "auto",
@@ -219,7 +219,7 @@ def idle_settings(recipe: Recipe) -> dict[str, str]:
 
 
 def too_few_epochs_for(recipe: Recipe) -> Iterator[str]:
-    """A sentence for each crop size, and for a share of the epochs, that the recipe has too few epochs for."""
+    """A sentence for each stage with too few epochs for its crop sizes, and one for a --mix-until without effect."""
     for number, stage in enumerate(recipe.stages, 1):
         if stage.unused_crop_sizes:
             sizes = ", ".join(map(str, stage.unused_crop_sizes))

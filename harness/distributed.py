@@ -22,7 +22,7 @@ TIMEOUT = timedelta(minutes=5)  # for gradients: only a process that hangs needs
 # Followers wait for as long as the leader fetches data, opens a large folder of pictures, or validates and writes. One
 # that has ended is noticed at once.
 PATIENCE = timedelta(hours=12)
-_decisions: dist.ProcessGroup | None = None  # of all processes, by gloo; None: the one group there is
+_decisions: dist.ProcessGroup | None = None  # of all processes, by gloo
 
 
 class PeerLost(RunError):
@@ -48,6 +48,13 @@ def world_size() -> int:
     return rank_and_world()[1]
 
 
+def threads_of_those_who_wait() -> int:
+    """CPU threads for what the leader does while the others of its machine wait: theirs as well as its own."""
+    rank, world, _ = rank_and_world()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if world > 1 and not rank else 1
+    return torch.get_num_threads() * here
+
+
 def join(device: torch.device) -> None:
     """Join the other processes; from now on only the leader prints. Raises PeerLost if they do not appear."""
     rank, world, _ = rank_and_world()
@@ -55,11 +62,9 @@ def join(device: torch.device) -> None:
         return
     global _decisions
     with peer_loss_reported():
-        if device.type == "cuda" and dist.is_nccl_available():  # on Windows there is none
-            dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
-            _decisions = dist.new_group(backend="gloo", timeout=PATIENCE)
-        else:
-            dist.init_process_group("gloo", timeout=PATIENCE)
+        nccl = device.type == "cuda" and dist.is_nccl_available()  # on Windows there is none
+        dist.init_process_group("nccl" if nccl else "gloo", timeout=TIMEOUT, device_id=device if nccl else None)
+        _decisions = dist.new_group(backend="gloo", timeout=PATIENCE)
     if rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 

@@ -51,8 +51,8 @@ def _lack_of_memory(error: BaseException | None) -> BaseException | None:
     while error is not None and not isinstance(error, RunError):
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, not imported here
             return error
-        lacking = isinstance(error, OSError) and getattr(error, "winerror", None) in WINDOWS_NO_MEMORY
-        if lacking or isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        number = getattr(error, "winerror", None)
+        if isinstance(error, OSError) and (error.errno == errno.ENOMEM or number in WINDOWS_NO_MEMORY):
             return error
         if isinstance(error, RuntimeError | ImportError) and NO_MEMORY.search(str(error)):
             return error

@@ -29,10 +29,11 @@ NO_ROOM = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
 def atomic_write(path: Path, keep: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path; what was written there takes the place of `path` at once, or not at all.
 
-    A file that is replaced keeps its mode and, where the system permits, its owner; for a link, its target is replaced.
-    What cannot be replaced is written into instead: a device, a pipe, this process's own output, a file that is mounted
-    by itself or lies in a folder where none can be created. With `keep`, the older file is kept under that name, and
-    links are not followed. Raises RunError naming path and cause if writing fails, as on a full disk.
+    A file that is replaced keeps its mode (not on Windows) and, where the system permits, its owner; for a link, its
+    target is replaced. What cannot be replaced is written into instead: a device, a pipe, this process's own output, a
+    file that is mounted by itself or lies in a folder where none can be created. With `keep`, the older file is kept
+    under that name, and links are not followed. Raises RunError naming path and cause if writing fails, as on a full
+    disk.
     """
     temporary = None
     try:
@@ -78,6 +79,10 @@ def _new_file(target: Path | None) -> Path:
     """Create an empty file, of a name that no other process uses, beside `target` if there is one."""
     folder, name = (target.parent, target.name[:40]) if target is not None else (Path(tempfile.gettempdir()), "output")
     _remove_stale(folder, name)
+    return _create(folder, name)
+
+
+def _create(folder: Path, name: str) -> Path:
     path = folder / f".{name}.{secrets.token_hex(4)}.tmp"
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     return path
@@ -141,8 +146,7 @@ def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
 
 def try_to_write_in(folder: Path) -> None:
     """Create an empty file in a folder, and remove it. Raises OSError where that fails."""
-    path = folder / f".{secrets.token_hex(4)}.tmp"
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    path = _create(folder, "try")
     path.unlink()
 
 
@@ -159,7 +163,7 @@ def identity(path: Path) -> object:
 
 
 def lies_in(path: Path, folder: Path) -> bool:
-    """Whether a path is a folder or leads to something below it."""
+    """Whether a path leads to a folder or to something below it."""
     real = Path(os.path.realpath(path))
     return identity(folder) in map(identity, (real, *real.parents))
 

@@ -36,6 +36,8 @@ class Interrupt:
     def listening(self) -> Iterator[None]:
         """Meanwhile a signal is noted, and only a second one ends the process at once (in a notebook: the cell).
 
+        One that is ignored, as a shell has Ctrl-C for what it runs in the background, stays so.
+
         Outside the main thread, where Python allows no handler, signals keep the effect that they have.
         """
         if threading.current_thread() is not threading.main_thread():

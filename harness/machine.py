@@ -154,7 +154,8 @@ def start_machine(runtime: Runtime) -> Machine:
 def own_threads() -> int:
     """This process's CPU threads before its first run: a notebook's next run must not have this one's --threads.
 
-    PyTorch counts the cores that it sees. In a container that may use fewer, as many threads would hold each other up.
+    PyTorch counts the cores that it sees. In a container that may use fewer, as many threads would hold each other up,
+    so there are fewer, unless OMP_NUM_THREADS says how many.
     """
     threads = torch.get_num_threads()
     return threads if "OMP_NUM_THREADS" in os.environ else min(threads, usable_cores())

@@ -1,7 +1,8 @@
 """The squares of a folder's pictures, kept in one hidden file beside them, so that each picture is opened once.
 
-A kept square is reused for a picture whose file has the same size, times and inode as before. Otherwise its bytes are
-hashed, and a square made from the same bytes is reused, whatever their file was called. Only the rest are decoded.
+A kept square is reused for a picture whose file has the same size, times and inode as before (not on Windows, whose
+files have no time of change). Otherwise its bytes are hashed, and a square made from the same bytes is reused, whatever
+their file was called. Only the rest are decoded.
 """
 
 import contextlib
@@ -37,6 +38,9 @@ class _Kept(NamedTuple):
     digests: dict[str, str]
     images: np.ndarray  # uint8 (N, 3, size, size), in the order of the two
 
+    def same_files(self, other: "_Kept") -> bool:
+        return [*self.status.items()] == [*other.status.items()] and self.digests == other.digests
+
 
 def squares(folder: Path, paths: Sequence[Path], size: int) -> Tensor:
     """The pictures `paths` below `folder` as uint8 (N, 3, size, size).
@@ -47,7 +51,7 @@ def squares(folder: Path, paths: Sequence[Path], size: int) -> Tensor:
     names = [path.relative_to(folder).as_posix() for path in paths]
     kept = _read(file, size)
     status = [_status(path) for path in paths]
-    if kept is not None and TRUSTS_STATUS and list(kept.status.items()) == list(zip(names, status, strict=True)):
+    if kept is not None and TRUSTS_STATUS and [*kept.status.items()] == [*zip(names, status, strict=True)]:
         return torch.from_numpy(kept.images)
     row_of = {} if kept is None else {digest: row for row, digest in enumerate(kept.digests.values())}
     known = {} if kept is None else {name: kept.digests[name] for name in names if name in kept.digests}
@@ -55,9 +59,9 @@ def squares(folder: Path, paths: Sequence[Path], size: int) -> Tensor:
     unchanged = same if TRUSTS_STATUS else set()
     images = np.empty((len(paths), 3, size, size), np.uint8)
     digests = [known[name] if name in unchanged else "" for name in names]
-    done = np.array([name in unchanged for name in names])
-    if done.any():
-        images[done] = kept.images[[row_of[digest] for digest in digests if digest]]
+    done = np.array([name in unchanged for name in names], dtype=bool)
+    for index in done.nonzero()[0]:
+        images[index] = kept.images[row_of[digests[index]]]
 
     def open_one(index: int) -> None:
         digests[index] = _digest(paths[index])
@@ -68,8 +72,12 @@ def squares(folder: Path, paths: Sequence[Path], size: int) -> Tensor:
     try:
         broken = _for_each(open_one, (~done).nonzero()[0].tolist())
     finally:  # after Ctrl-C, too: the next time goes on from here
-        files = [(names[index], status[index], digests[index]) for index in done.nonzero()[0]]
-        _keep(file, size, files, images if done.all() else images[done])
+        rows = done.nonzero()[0].tolist()  # once: after a second Ctrl-C threads may still be at work
+        whole = len(rows) == len(paths)
+        of_rows = ({names[i]: values[i] for i in rows} for values in (status, digests))
+        opened = _Kept(*of_rows, images if whole else images[rows])
+        if kept is None or not opened.same_files(kept):
+            _keep(file, size, opened if kept is None or whole else _joined(opened, kept))
     if broken:
         them = "it" if len(broken) == 1 else "them"
         sentences = named_in_full(list(map(str, broken.values())))
@@ -77,12 +85,22 @@ def squares(folder: Path, paths: Sequence[Path], size: int) -> Tensor:
     return torch.from_numpy(images)
 
 
-def _keep(file: Path, size: int, files: list[tuple[str, list[int], str]], images: np.ndarray) -> None:
-    """Write the squares and what is known of their `files`: relative path, status and digest."""
+def _joined(opened: _Kept, earlier: _Kept) -> _Kept:
+    """What has been opened, and what was kept earlier of other names: of use where the same bytes come again."""
+    left = {name: row for row, name in enumerate(earlier.status) if name not in opened.status}
+    return _Kept(
+        opened.status | {name: earlier.status[name] for name in left},
+        opened.digests | {name: earlier.digests[name] for name in left},
+        np.concatenate([opened.images, earlier.images[list(left.values())]]),
+    )
+
+
+def _keep(file: Path, size: int, squares: _Kept) -> None:
+    files = [(name, status, squares.digests[name]) for name, status in squares.status.items()]
     index = json.dumps({"version": VERSION, "size": size, "files": files})
     try:
         with atomic_write(file) as temporary, open(temporary, "wb") as written:
-            np.savez(written, index=np.array(index), images=images)
+            np.savez(written, index=np.array(index), images=squares.images)
     except RunError as error:
         print(f"the pictures have to be opened again each time, as their squares cannot be kept: {error}")
 
@@ -93,7 +111,9 @@ def _read(file: Path, size: int) -> _Kept | None:
         index = json.loads(str(archive["index"]))
         if (index["version"], index["size"]) == (VERSION, size):
             status = {name: status for name, status, _ in index["files"]}
-            return _Kept(status, {name: digest for name, _, digest in index["files"]}, archive["images"])
+            images = archive["images"]
+            if len(status) == len(index["files"]) == len(images):
+                return _Kept(status, {name: digest for name, _, digest in index["files"]}, images)
     return None
 
 
@@ -115,26 +135,31 @@ def _digest(path: Path) -> str:
 
 
 def _for_each(work: Callable[[int], None], indices: Sequence[int]) -> dict[int, RunError]:
-    """Call `work` for each index on as many threads as PyTorch uses. Returns its RunErrors by index, in order.
+    """Call `work` for each index, on many threads. Returns its RunErrors by index, in order.
 
-    What fails for want of memory is tried once more alone. Of several processes the others wait for this one, which
-    therefore uses their threads as well.
+    What fails for want of memory is tried once more, alone.
     """
     broken: dict[int, RunError] = {}
+    starved: list[int] = []
 
-    def attempt(index: int) -> None:
+    def attempt(index: int, again: bool = False) -> None:
         try:
             work(index)
         except RunError as error:
-            broken[index] = error
+            if is_out_of_memory(error.__cause__) and not again:
+                starved.append(index)
+            else:
+                broken[index] = RunError(str(error))  # without its traceback, which holds the picture's memory
 
-    threads = torch.get_num_threads() * distributed.world_size()
-    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
-        # open_square sets these two as well, but threads undo each other's filters
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        warnings.simplefilter("ignore", UserWarning)
-        list(tqdm(pool.map(attempt, indices), "opening pictures", len(indices), leave=False, disable=None))
-        for index in [index for index, error in broken.items() if is_out_of_memory(error.__cause__)]:
-            del broken[index]
-            attempt(index)
+    pool = ThreadPoolExecutor(distributed.threads_of_those_who_wait())
+    try:
+        with warnings.catch_warnings():
+            # open_square sets these two as well, but threads undo each other's filters
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore", UserWarning)
+            list(tqdm(pool.map(attempt, indices), "opening pictures", len(indices), leave=False, disable=None))
+            for index in starved:
+                attempt(index, again=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
     return dict(sorted(broken.items()))

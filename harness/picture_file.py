@@ -44,6 +44,11 @@ def open_square(path: Path, size: int) -> Tensor:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             warnings.simplefilter("ignore", UserWarning)  # of odd but harmless metadata
             picture = _read(path)
+        width, height = picture.size
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        square = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise RunError(
             f"{printable(path)} has more than {Image.MAX_IMAGE_PIXELS:,} pixels, beyond Pillow's guard against "
@@ -54,11 +59,6 @@ def open_square(path: Path, size: int) -> Tensor:
     except Exception as error:  # on broken files Pillow's readers raise anything from OSError to struct.error
         cause = "not enough memory" if is_out_of_memory(error) else reason(error)
         raise RunError(f"cannot read {printable(path)}: {cause}") from error
-    width, height = picture.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    square = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 
 def _read(path: Path) -> Image.Image:

@@ -22,7 +22,7 @@ from recipes import CPU, NO_LIMIT, Recipe, build_network
 COLD_STEPS = 5  # of an epoch: compilation, fresh memory
 CAPTURES = 150  # steps in which most orders of the four colour operations have come twice, and so been captured
 WARM_STEPS = 10  # after them, which are timed
-SOON, LONG, WEEK = 60.0, 4 * 3600.0, 6 * 86400.0  # seconds; six days on, a weekday may be taken for a nearer one
+SOON, LONG, DATED = 60.0, 4 * 3600.0, 6 * 86400.0  # seconds; after the last, a weekday might be taken for a nearer one
 
 
 class Progress:
@@ -36,7 +36,7 @@ class Progress:
         self, machine: Machine, recipe: Recipe, net: nn.Module, images: Mapping[str, Any], classes: int
     ) -> None:
         self.machine, self.recipe, self.net, self.classes = machine, recipe, net, classes
-        self.images, self.val = images["train"], images["val"]
+        self.images, self.val = images["train"], images["val"] * machine.world  # the leader scores alone
         self._on_a_cpu = fit_views(CPU, self.images) if "digest" in images else CPU
         self.samples_per_second, self.cold_seconds = 0.0, 0.0
         self._forecast_of: int | None = None  # the stage whose end has been announced
@@ -74,7 +74,8 @@ class Progress:
                     self._forecast_of = stage_index
                     if forecast := self.forecast(epochs_done, stage.batch / clock.step_seconds):
                         tqdm.write(forecast)
-                        sys.stdout.flush()  # into a file or a pipe, too
+                        with contextlib.suppress(OSError):  # the epoch's own print will say it
+                            sys.stdout.flush()  # into a file or a pipe, too
 
             yield tick
             clock.read()  # by now the device has passed both marks
@@ -143,5 +144,5 @@ class WarmClock:
 
 def _clock_time(seconds: float) -> str:
     when = datetime.datetime.now() + datetime.timedelta(seconds=seconds)
-    date = f", {when.day} {when:%B}" if seconds > WEEK else ""  # the day alone would be the wrong one
+    date = f", {when.day} {when:%B}" if seconds > DATED else ""
     return f"about {when:%A}{date} {when:%H:%M}"

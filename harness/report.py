@@ -32,10 +32,10 @@ def name(members: Sequence[TrainedNetwork]) -> str:
     return " + ".join(str(member.file) for member in members)
 
 
-def entry(members: Sequence[TrainedNetwork], split: str, results: list[Entry], shown: int, images: str) -> Entry:
+def entry(members: Sequence[TrainedNetwork], split: str, results: list[Entry], shown: int, digest: str) -> Entry:
     """All figures and notes of a network or an ensemble.
 
-    `shown` is the index of the result that the pictures show, `images` the digest of what was scored.
+    `shown` is the index of the result that the pictures show, `digest` that of the images and labels.
     """
     return {
         "name": name(members),
@@ -45,7 +45,7 @@ def entry(members: Sequence[TrainedNetwork], split: str, results: list[Entry], s
         "notes": _notes(members, split, results),
         "results": results,
         "shown": shown,
-        "images_sha256": images,
+        "images_sha256": digest,
     }
 
 

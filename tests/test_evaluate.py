@@ -243,6 +243,16 @@ def test_what_cannot_be_counted_is_not_scored(open_folder):
         os.seteuid(user)
 
 
+def test_a_score_that_could_not_be_counted_is_not_shown(altered, capsys, monkeypatch):
+    def full(folder: Path, **scoring: object) -> None:
+        raise RunError("the disk is full")
+
+    monkeypatch.setattr(scoring_ledger, "add", full)
+    assert run(altered(), "--split", "test") == 1
+    said = capsys.readouterr()
+    assert "the disk is full" in said.err and "%" not in said.out
+
+
 def test_what_lies_beside_runs_is_passed_over(tiny_runs, tmp_path, capsys):
     runs = tmp_path / "runs"
     for number, folder in enumerate(tiny_runs):
@@ -253,9 +263,12 @@ def test_what_lies_beside_runs_is_passed_over(tiny_runs, tmp_path, capsys):
     assert run(*sorted(runs.iterdir())) == 0
     said = capsys.readouterr()
     assert said.err.splitlines() == [
-        f"skipped: {runs / 'comparison.png'} holds no network", f"skipped: {runs / 'evaluation-val'} holds no network"
-    ]  # fmt: skip
+        f"skipped: {runs / name} is neither a folder with a checkpoint nor a .pt file"
+        for name in ("comparison.png", "evaluation-val")
+    ]
     assert "of 2 networks" in said.out
+    for flags in (["--ensemble"], ["--against", *sorted(runs.iterdir())], ["--split", "test"]):
+        assert run(*sorted(runs.iterdir()), *flags) != 0 and "skipped" not in capsys.readouterr().err
     assert run(runs / "0", runs / "none") == 1 and "cannot read" in capsys.readouterr().err
     (runs / "1" / "last.pt").write_bytes(b"PK")
     assert run(runs / "0", runs / "1") == 1 and "is damaged" in capsys.readouterr().err

@@ -185,6 +185,7 @@ def test_what_a_shell_has_ignored_stays_ignored() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_torchruns_echo_may_come_when_the_run_has_ended(clock: types.SimpleNamespace):
     def work() -> None:
         with listening(world=2):

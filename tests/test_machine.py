@@ -20,7 +20,9 @@ CPU = torch.device("cpu")
 def restored():
     """Leaves the settings of the process as they were."""
     threads, filled = torch.get_num_threads(), torch.utils.deterministic.fill_uninitialized_memory
+    machine_module.own_threads.cache_clear()
     yield
+    machine_module.own_threads.cache_clear()
     torch.utils.deterministic.fill_uninitialized_memory = filled
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
@@ -45,14 +47,13 @@ def test_deterministic_is_set_where_asked_for(restored):
     assert torch.are_deterministic_algorithms_enabled()
 
 
-def test_a_run_s_threads_are_not_those_of_the_next(restored):
+def test_a_run_s_threads_are_not_those_of_the_next(restored, monkeypatch: pytest.MonkeyPatch):
     """In one process, as a notebook's cells are."""
-    machine_module.own_threads.cache_clear()
+    monkeypatch.setattr(machine_module, "usable_cores", lambda: 8)
     torch.set_num_threads(2)
     for asked, threads in ((1, 1), (None, 2), (3, 3), (None, 2)):
         start_machine(Runtime(device="cpu", threads=asked))
         assert torch.get_num_threads() == threads
-    machine_module.own_threads.cache_clear()
 
 
 def test_a_device_that_is_not_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch):

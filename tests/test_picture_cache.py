@@ -156,6 +156,33 @@ def test_an_interrupted_opening_goes_on_where_it_was(images, opened, monkeypatch
     assert {*opened} == {*images.glob("*/*.bmp")} - done
 
 
+def test_an_interruption_costs_nothing_that_was_kept_before(images, opened, monkeypatch):
+    load(images)
+    for path in images.glob("*/*.bmp"):
+        os.utime(path)  # as after a copy to another disk: all are hashed again
+    really, last = picture_cache._digest, images / "dog" / "1.bmp"
+
+    def interrupt(path: Path) -> str:
+        if path == last:
+            raise KeyboardInterrupt
+        return really(path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(picture_cache, "_digest", interrupt)
+        picture_folder.load(images, 32)
+    opened.clear()
+    load(images)
+    assert opened == []
+
+
+def test_what_is_unchanged_is_not_written_again(images, monkeypatch):
+    load(images)
+    monkeypatch.setattr(picture_cache, "TRUSTS_STATUS", False)
+    before = (images / ".squares-32px.npz").stat().st_ino
+    load(images)
+    assert (images / ".squares-32px.npz").stat().st_ino == before
+
+
 def test_what_lacks_memory_is_opened_once_more_alone(images, monkeypatch):
     really, tried = picture_file._decode, []
 
@@ -168,6 +195,15 @@ def test_what_lacks_memory_is_opened_once_more_alone(images, monkeypatch):
     monkeypatch.setattr(picture_file, "_decode", scarce)
     load(images)
     assert len(tried) == 9 and tried[-1] == images / "cat" / "2.bmp"
+
+
+def test_what_always_lacks_memory_is_named(images, monkeypatch):
+    def scarce(image: Image.Image, *_: object) -> Image.Image:
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "resize", scarce)
+    with pytest.raises(RunError, match=r"cannot read .*0.bmp: not enough memory.* and 5 more; repair them"):
+        picture_folder.load(images, 32)
 
 
 def test_unchanged_files_are_not_read(images, monkeypatch):

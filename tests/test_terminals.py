@@ -156,10 +156,11 @@ def test_a_notebooks_own_way_to_stop_a_cell_stays(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("MATPLOTLIBRC", os.devnull)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        for modules, left in (({"ipykernel": sys}, signal.default_int_handler), ({}, signal.SIG_DFL)):
+        for in_a_notebook, left in ((True, signal.default_int_handler), (False, signal.SIG_DFL)):
             with monkeypatch.context() as patch:
                 patch.delitem(sys.modules, "ipykernel", raising=False)
-                sys.modules.update(modules)
+                if in_a_notebook:
+                    patch.setitem(sys.modules, "ipykernel", sys)
                 errors.before_imports()
                 assert signal.getsignal(signal.SIGINT) is left
     finally:
