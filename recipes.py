@@ -298,8 +298,8 @@ ORIGINAL = Recipe(
     ),
 )
 # Milder views, small crops first, a network whose arithmetic keeps the cores busy and whose stem need not be learnt,
-# and Muon, eight points ahead of SGD after 15 passes. `train.py --recipe cpu`: 0.22 million samples, about six minutes
-# of two CPU cores with bf16; 84.4 % on average over ten seeds. Why each of them: docs/EXPERIMENTS.md.
+# and Muon, over eight points ahead of SGD after 15 passes. `train.py --recipe cpu`: 0.22 million samples, about six
+# minutes of two CPU cores with bf16; 84.4 % on average over ten seeds. Why each of them: docs/EXPERIMENTS.md.
 CPU = Recipe(
     name="cpu",
     stages=(Stage(epochs=4, crop_size=(32, 48, 48, 64), eval_size=80, batch=128, lr=0.5),),
