@@ -1,6 +1,7 @@
 """On a CUDA device: `pytest -m cuda -s` (the last test prints a rate). Elsewhere each is skipped.
 
-An emulated device calculates compiled steps with TRITON_INTERPRET=1 only, and has no speed worth printing.
+An emulated device calculates compiled steps with TRITON_INTERPRET=1 only, and slowly; it captures no step that makes
+tensors of its own; and it has no speed worth printing.
 """
 
 import copy
@@ -22,8 +23,19 @@ THERE = torch.cuda.is_available()
 EMULATED = THERE and torch.cuda.get_device_name().startswith("Fake")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not THERE, reason="needs a CUDA GPU")]
-uncompilable = pytest.mark.skipif(EMULATED and not INTERPRETED, reason="an emulated device needs TRITON_INTERPRET=1")
-eager_and_compiled = pytest.mark.parametrize("compile", [False, pytest.param(True, marks=uncompilable)])
+FORMS = {
+    "eager": {"compile": False},
+    "compiled": {"compile": True},
+    "captured": {"compile": False, "graphs": True},
+    "compiled and captured": {"compile": True, "graphs": True},
+}
+MARKS = {
+    "compiled": pytest.mark.skipif(EMULATED and not INTERPRETED, reason="an emulated device needs TRITON_INTERPRET=1"),
+    "captured": pytest.mark.skipif(EMULATED, reason="an emulated device captures no step that makes tensors"),
+}
+every_form = pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=[mark for word, mark in MARKS.items() if word in form]) for form in FORMS]
+)
 
 SMALL = {
     name: dataclasses.replace(RECIPES[name], layers=(1, 1, 1), planes=planes, average=0.9)
@@ -31,7 +43,7 @@ SMALL = {
 }
 PLAIN = Machine(torch.device("cpu"), torch.float32, compile=False)
 IMAGES = 16
-STAGE = Stage(epochs=4, crop_size=(32,), eval_size=32, batch=4, lr=0.05)
+BATCH = 4
 
 
 @pytest.fixture(autouse=True)
@@ -40,14 +52,16 @@ def full_precision():
     precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
+    filled = torch.utils.deterministic.fill_uninitialized_memory
     yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
     torch.use_deterministic_algorithms(False)
     torch.set_float32_matmul_precision(precision)
     torch.backends.cudnn.allow_tf32 = convolutions
 
 
-def gpu(precision: torch.dtype = torch.float32, compile: bool = False) -> Machine:
-    return Machine(torch.device("cuda", 0), precision, compile)
+def gpu(precision: torch.dtype = torch.float32, form: str = "eager") -> Machine:
+    return Machine(torch.device("cuda", 0), precision, **FORMS[form])
 
 
 def pictures(device: torch.device, count: int = IMAGES) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,8 +70,13 @@ def pictures(device: torch.device, count: int = IMAGES) -> tuple[torch.Tensor, t
     return (images * 255).byte().to(device), (torch.arange(count) % 10).to(device)
 
 
+def stage_of(recipe: Recipe) -> Stage:
+    rate = 1e-3 if recipe.optimizer == "adam" else 0.05
+    return Stage(epochs=4, crop_size=(32,), eval_size=32, batch=BATCH, lr=rate)
+
+
 def draw(machine: Machine, recipe: Recipe, epoch: int = 0) -> EpochDraws:
-    draws = draw_epoch(torch.arange(IMAGES), 1, STAGE.batch, recipe.augmentation, (0, 0, epoch))
+    draws = draw_epoch(torch.arange(IMAGES), 1, BATCH, recipe.augmentation, (0, 0, epoch))
     return draws.to(machine.device)
 
 
@@ -65,7 +84,7 @@ def train_epoch(trainer: Trainer, epoch: int) -> torch.Tensor:
     """The losses of an epoch of four steps."""
     images, labels = pictures(trainer.machine.device)
     draws = draw(trainer.machine, trainer.recipe, epoch)
-    result = trainer.train_epoch(images, labels, draws, STAGE, 32, lambda: None)
+    result = trainer.train_epoch(images, labels, draws, stage_of(trainer.recipe), 32, lambda: None)
     assert result.finite
     return result.losses
 
@@ -73,7 +92,7 @@ def train_epoch(trainer: Trainer, epoch: int) -> torch.Tensor:
 def losses(machine: Machine, recipe: Recipe = SMALL["cpu"], epochs: int = 2) -> torch.Tensor:
     """The losses of a few epochs' steps, with the network scored in between."""
     trainer = Trainer(recipe, 10, machine)
-    trainer.begin_stage(STAGE, IMAGES)
+    trainer.begin_stage(stage_of(trainer.recipe), IMAGES)
     found = []
     for epoch in range(epochs):
         found.append(train_epoch(trainer, epoch))
@@ -94,40 +113,42 @@ def test_views_are_those_of_the_cpu():
     assert off.quantile(0.999) < 1e-3 and off.mean() < 1e-4
 
 
-@eager_and_compiled
+@every_form
 @pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("precision, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.05)])
-def test_steps_agree_with_plain_ones_on_the_cpu(precision: torch.dtype, tolerance: float, name: str, compile: bool):
-    recipe = SMALL[name]
-    found, expected = losses(gpu(precision, compile), recipe), losses(PLAIN, recipe)
+@pytest.mark.parametrize("precision, tolerance", [(torch.float32, 1e-3), (torch.float16, 0.05), (torch.bfloat16, 0.05)])
+def test_steps_agree_with_plain_ones_on_the_cpu(precision: torch.dtype, tolerance: float, name: str, form: str):
+    recipe, machine = SMALL[name], gpu(precision, form)
+    found, expected = losses(machine, recipe), losses(PLAIN, recipe)
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+    assert not machine.notes  # nothing failed to compile or to be captured
 
 
-@eager_and_compiled
-def test_deterministic_runs_give_the_same_bits(compile: bool):
-    machine = start_machine(Runtime(device="cuda", deterministic=True, compile=compile))
+@every_form
+def test_deterministic_runs_give_the_same_bits(form: str):
+    start_machine(Runtime(device="cuda", deterministic=True))
+    machine = gpu(form=form)
     assert torch.equal(losses(machine), losses(machine))
 
 
-@eager_and_compiled
+@every_form
 @pytest.mark.parametrize("name", SMALL)
-def test_an_epoch_never_waits_for_the_device(name: str, compile: bool):
-    machine, recipe = gpu(torch.bfloat16, compile), SMALL[name]
+def test_an_epoch_never_waits_for_the_device(name: str, form: str):
+    machine, recipe = gpu(torch.bfloat16, form), SMALL[name]
     images, labels = pictures(machine.device)
     trainer = Trainer(recipe, 10, machine)
-    trainer.begin_stage(STAGE, IMAGES)
+    trainer.begin_stage(stage_of(trainer.recipe), IMAGES)
     for epoch in range(3):  # compilation, the warm-up and the capture of graphs may wait
         train_epoch(trainer, epoch)
     draws, ticks = draw(machine, recipe, 3), []
 
     def tick() -> None:
         ticks.append(torch.cuda.get_sync_debug_mode())
-        if len(ticks) == IMAGES // STAGE.batch:
+        if len(ticks) == IMAGES // BATCH:
             torch.cuda.set_sync_debug_mode("default")  # the one transfer at the end
 
     torch.cuda.set_sync_debug_mode("error")
     try:
-        assert trainer.train_epoch(images, labels, draws, STAGE, 32, tick).finite
+        assert trainer.train_epoch(images, labels, draws, stage_of(recipe), 32, tick).finite
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert ticks == [2] * 4  # "error" at the end of each step
@@ -137,7 +158,7 @@ def test_an_epoch_never_waits_for_the_device(name: str, compile: bool):
 def test_a_run_goes_on_from_its_state_as_if_never_interrupted(name: str):
     first, second = (Trainer(SMALL[name], 10, gpu()) for _ in range(2))
     for trainer in (first, second):
-        trainer.begin_stage(STAGE, IMAGES)
+        trainer.begin_stage(stage_of(trainer.recipe), IMAGES)
     train_epoch(first, 0)
     second.restore(copy.deepcopy(first.state()))  # an optimiser keeps the tensors that it is given
     torch.testing.assert_close(train_epoch(second, 1), train_epoch(first, 1), atol=1e-4, rtol=1e-4)
@@ -158,3 +179,12 @@ def test_throughput_is_printed(capsys: pytest.CaptureFixture):
     assert result.finite and result.samples == count
     with capsys.disabled():
         print(f"\n{machine}: {count / seconds:,.0f} images/s end to end at 70 px, batch 128")
+
+
+def test_images_on_the_host_are_scored_on_the_device_batch_by_batch():
+    machine = gpu()
+    net = Trainer(SMALL["cpu"], 10, machine).net
+    images, _ = pictures(torch.device("cpu"))
+    scores = scoring.tta_logits(net, images, 32, "multi")
+    assert scores.device == machine.device
+    assert torch.equal(scores, scoring.tta_logits(net, images.to(machine.device), 32, "multi"))
