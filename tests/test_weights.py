@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from harness import checkpoint, scoring
+from harness.cli import Runtime
 from harness.images import load_images
+from harness.machine import start_machine
 from harness.metrics import hits_and_loss
 from model import PARAMETER_BUDGET, count_parameters
 from recipes import RECIPES
@@ -39,7 +41,8 @@ def test_the_recipe_of_today_is_the_one_that_trained_the_newer_network():
 def test_they_score_what_their_card_says(trained, stl10_dir: Path):
     dataset, train, val = load_images(trained.recipe, stl10_dir, fetch=False)
     kind, images = ("1,000 validation", val) if len(val) else ("first 200 training", train[:200])
-    scores = scoring.tta_logits(trained.model, dataset.images[images], trained.eval_size, trained.recipe.tta)
+    how = {"tta": trained.recipe.tta, "precision": start_machine(Runtime(device="cpu")).precision}
+    scores = scoring.tta_logits(trained.model, dataset.images[images], trained.eval_size, **how)
     hits, _ = hits_and_loss(scores, dataset.labels[images])
     card = CARD[CARD.index(f"## `{trained.file.name}`") :]
     said = re.search(rf"(\d+\.\d) % of the {kind} images", card)
