@@ -48,7 +48,7 @@ def world_size() -> int:
     return rank_and_world()[1]
 
 
-def threads_of_those_who_wait() -> int:
+def threads_while_others_wait() -> int:
     """CPU threads for what the leader does while the others of its machine wait: theirs as well as its own."""
     rank, world, _ = rank_and_world()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if world > 1 and not rank else 1

@@ -74,8 +74,9 @@ def memory_reported(what: Callable[[], str]) -> Iterator[None]:
 def before_imports() -> None:
     """Prepare a command's process for its heavy imports, which take seconds: to be called before them.
 
-    Until `report` takes over, Ctrl-C ends the process without a word, as there is nothing to save nor to explain. Too
-    little memory for the imports, or a TQDM_… variable that tqdm cannot use, is one line and status 1.
+    Until `report` takes over, Ctrl-C ends the process without a word, as there is nothing to save nor to explain. An
+    older Python, too little memory for the imports, and a TQDM_… variable or a matplotlibrc that cannot be used are one
+    line and status 1.
     """
     # not where a shell has it ignored, after `&`, nor in a notebook, whose kernel it would end
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler and "ipykernel" not in sys.modules:

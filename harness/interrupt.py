@@ -46,7 +46,7 @@ class Interrupt:
         before = {
             number: signal.signal(number, self._on_signal)
             for number in (signal.SIGINT, signal.SIGTERM)
-            if signal.getsignal(number) is not signal.SIG_IGN  # as a shell has it of what it runs in the background
+            if signal.getsignal(number) is not signal.SIG_IGN
         }
         try:
             yield

@@ -51,14 +51,13 @@ def squares(folder: Path, paths: Sequence[Path], size: int) -> Tensor:
     names = [path.relative_to(folder).as_posix() for path in paths]
     kept = _read(file, size)
     status = [_status(path) for path in paths]
-    if kept is not None and TRUSTS_STATUS and [*kept.status.items()] == [*zip(names, status, strict=True)]:
+    trusted = kept.status if TRUSTS_STATUS else {}
+    if [*trusted.items()] == [*zip(names, status, strict=True)]:
         return torch.from_numpy(kept.images)
-    row_of = {} if kept is None else {digest: row for row, digest in enumerate(kept.digests.values())}
-    known = {} if kept is None else {name: kept.digests[name] for name in names if name in kept.digests}
-    same = {name for name, now in zip(names, status, strict=True) if name in known and kept.status[name] == now}
-    unchanged = same if TRUSTS_STATUS else set()
+    row_of = {digest: row for row, digest in enumerate(kept.digests.values())}
+    unchanged = {name for name, now in zip(names, status, strict=True) if trusted.get(name) == now}
     images = np.empty((len(paths), 3, size, size), np.uint8)
-    digests = [known[name] if name in unchanged else "" for name in names]
+    digests = [kept.digests[name] if name in unchanged else "" for name in names]
     done = np.array([name in unchanged for name in names], dtype=bool)
     for index in done.nonzero()[0]:
         images[index] = kept.images[row_of[digests[index]]]
@@ -76,8 +75,8 @@ def squares(folder: Path, paths: Sequence[Path], size: int) -> Tensor:
         whole = len(rows) == len(paths)
         of_rows = ({names[i]: values[i] for i in rows} for values in (status, digests))
         opened = _Kept(*of_rows, images if whole else images[rows])
-        if kept is None or not opened.same_files(kept):
-            _keep(file, size, opened if kept is None or whole else _joined(opened, kept))
+        if not opened.same_files(kept):
+            _keep(file, size, opened if whole else _joined(opened, kept))
     if broken:
         them = "it" if len(broken) == 1 else "them"
         sentences = named_in_full(list(map(str, broken.values())))
@@ -105,7 +104,8 @@ def _keep(file: Path, size: int, squares: _Kept) -> None:
         print(f"the pictures have to be opened again each time, as their squares cannot be kept: {error}")
 
 
-def _read(file: Path, size: int) -> _Kept | None:
+def _read(file: Path, size: int) -> _Kept:
+    """What is kept; nothing where there is no file, or one of another version."""
     # A damaged file raises anything from OSError to NotImplementedError, and is replaced like one that is not there.
     with contextlib.suppress(Exception), np.load(file) as archive:  # a zip file, read with its checksums
         index = json.loads(str(archive["index"]))
@@ -114,7 +114,7 @@ def _read(file: Path, size: int) -> _Kept | None:
             images = archive["images"]
             if len(status) == len(index["files"]) == len(images):
                 return _Kept(status, {name: digest for name, _, digest in index["files"]}, images)
-    return None
+    return _Kept({}, {}, np.empty((0, 3, size, size), np.uint8))
 
 
 def _status(path: Path) -> list[int]:
@@ -151,7 +151,7 @@ def _for_each(work: Callable[[int], None], indices: Sequence[int]) -> dict[int, 
             else:
                 broken[index] = RunError(str(error))  # without its traceback, which holds the picture's memory
 
-    pool = ThreadPoolExecutor(distributed.threads_of_those_who_wait())
+    pool = ThreadPoolExecutor(distributed.threads_while_others_wait())
     try:
         with warnings.catch_warnings():
             # open_square sets these two as well, but threads undo each other's filters

@@ -1,5 +1,6 @@
 import functools
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it of wh
 os.environ["no_proxy"] = "127.0.0.1"  # the tests' own servers are not asked for through anybody's proxy
 
 import train
-from harness import demo_shapes
+from harness import checkpoint, demo_shapes
 
 TINY_RUN = (
     "--demo --threads 1 --precision fp32 --no-compile --epochs 3 1 --crop-size 32 32 --eval-size 32 40 --batch 32 32 "
@@ -125,3 +126,20 @@ def picture(tmp_path: Path) -> Path:
     path.parent.mkdir()
     Image.fromarray(np.full((40, 40, 3), 90, np.uint8)).save(path)
     return path
+
+
+@pytest.fixture
+def altered(tiny_run: Path, tmp_path: Path):
+    """A copy of the tiny run whose checkpoints say something else about their recipe."""
+
+    def alter(**recipe: object) -> Path:
+        folder = tmp_path / "altered"
+        folder.mkdir()
+        shutil.copy(tiny_run / "config.json", folder)
+        for name in ("best.pt", "last.pt"):
+            payload = checkpoint.load(tiny_run / name)
+            payload["recipe"] |= recipe
+            checkpoint.save(folder / name, payload)
+        return folder
+
+    return alter

@@ -1,6 +1,5 @@
 import csv
 import json
-import os
 import shutil
 import statistics
 from pathlib import Path
@@ -14,7 +13,6 @@ from PIL import Image
 import data
 import evaluate
 from harness import checkpoint, demo_shapes, download, errors, metrics, plots, report, scoring, scoring_ledger
-from harness.errors import RunError
 from harness.images import load_for_network, load_test_images, recorded_source
 
 PICTURES = {"confusion.png", "per_class.png", "mistakes.png", "reliability.png"}
@@ -47,23 +45,6 @@ def by_hand(path: Path, size: int, split: str = "val", **options: object) -> tup
         dataset, _, val = load_for_network(trained, recorded_source(path), fetch=False)
         pixels, labels = dataset.images[val], dataset.labels[val]
     return scoring.logits(trained.model, pixels, size, **options), labels
-
-
-@pytest.fixture
-def altered(tiny_run: Path, tmp_path: Path):
-    """A copy of the tiny run whose checkpoints say something else about their recipe."""
-
-    def alter(**recipe: object) -> Path:
-        folder = tmp_path / "altered"
-        folder.mkdir()
-        shutil.copy(tiny_run / "config.json", folder)
-        for name in ("best.pt", "last.pt"):
-            payload = checkpoint.load(tiny_run / name)
-            payload["recipe"] |= recipe
-            checkpoint.save(folder / name, payload)
-        return folder
-
-    return alter
 
 
 def test_the_report_repeats_what_training_measured(tiny_run, tmp_path, capsys):
@@ -195,24 +176,6 @@ def test_the_original_protocol(tiny_run, tmp_path, capsys):
     assert (tiny_run / "last.pt").read_bytes() == before
 
 
-def test_scoring_on_test_is_counted(tiny_run, altered, capsys):
-    folder = altered(seed=5)
-    accuracy = metrics.accuracy(*by_hand(folder / "last.pt", size := checkpoint.load_network(folder).eval_size, "test"))
-    for times in (1, 2, 3):
-        assert run(folder, "--split", "test") == 0
-        said = capsys.readouterr()
-        assert "50 test images" in said.out and "selected on these" not in said.out
-        assert ("was scored on test" in said.err) == (times > 1)
-        if times == 3:
-            assert "2 times before" in said.err
-        scorings = json.loads((folder / scoring_ledger.FILE).read_text())
-        assert len(scorings) == times
-        facts = {"accuracy": accuracy, "size": size, "tta": "none", "ensemble_of": 1}
-        assert facts.items() <= scorings[-1].items()
-        assert scorings[-1]["checkpoint"] == str(folder / "last.pt") and len(scorings[-1]["sha256"]) == 64
-    assert read(folder / "evaluation-test")["networks"][0]["results"][0]["accuracy"] == accuracy
-
-
 def test_a_network_that_cannot_be_scored_does_not_cost_the_others_tables(tiny_run, altered, tmp_path, capsys):
     folder, tiny_run = altered(name="original"), shutil.copytree(tiny_run, tmp_path / "run")
     assert run(tiny_run, folder, "--split", "test", "--out", folder / "out") == 1
@@ -220,37 +183,6 @@ def test_a_network_that_cannot_be_scored_does_not_cost_the_others_tables(tiny_ru
     assert "the test images are missing" in said.err
     accuracy = json.loads((tiny_run / scoring_ledger.FILE).read_text())[-1]["accuracy"]
     assert f"{accuracy:.1%}" in said.out and not (folder / "out" / report.REPORT).exists()
-
-
-def test_a_broken_count_is_not_passed_over(altered, capsys):
-    folder = altered()
-    (folder / scoring_ledger.FILE).write_text('{"not": "a list"}')
-    assert run(folder, "--split", "test") == 1
-    assert f"{folder / scoring_ledger.FILE}, which counts" in capsys.readouterr().err
-    assert (folder / scoring_ledger.FILE).read_text() == '{"not": "a list"}'
-
-
-def test_what_cannot_be_counted_is_not_scored(open_folder):
-    folder, user = open_folder / "run", os.geteuid()
-    folder.mkdir()
-    folder.chmod(0o555)
-    try:
-        if not user:
-            os.seteuid(65534)
-        with pytest.raises(RunError, match=r"run cannot be written \(Permission denied\), so .* copy the run"):
-            scoring_ledger.warn([folder])
-    finally:
-        os.seteuid(user)
-
-
-def test_a_score_that_could_not_be_counted_is_not_shown(altered, capsys, monkeypatch):
-    def full(folder: Path, **scoring: object) -> None:
-        raise RunError("the disk is full")
-
-    monkeypatch.setattr(scoring_ledger, "add", full)
-    assert run(altered(), "--split", "test") == 1
-    said = capsys.readouterr()
-    assert "the disk is full" in said.err and "%" not in said.out
 
 
 def test_what_lies_beside_runs_is_passed_over(tiny_runs, tmp_path, capsys):
@@ -272,15 +204,6 @@ def test_what_lies_beside_runs_is_passed_over(tiny_runs, tmp_path, capsys):
     assert run(runs / "0", runs / "none") == 1 and "cannot read" in capsys.readouterr().err
     (runs / "1" / "last.pt").write_bytes(b"PK")
     assert run(runs / "0", runs / "1") == 1 and "is damaged" in capsys.readouterr().err
-
-
-def test_missing_test_images_are_not_fetched(altered, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(download, "fetch", lambda *_: pytest.fail("fetched"))
-    assert run(altered(name="original"), "--split", "test", "--data-dir", tmp_path) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: the test images are missing: test_X.bin") and said.count("\n") == 1
-    assert said.endswith("without --split test fetches all four\n")
-    assert not (tmp_path / data.FOLDER).exists()
 
 
 def test_missing_val_images_are_fetched(tiny_run, altered, tmp_path, capsys, monkeypatch):
@@ -367,24 +290,6 @@ def test_what_cannot_be_read_or_written_is_one_line(tiny_run, tmp_path, capsys):
         assert run(*arguments) == 1
         said = capsys.readouterr().err
         assert said.startswith("error: ") and said.count("\n") == 1 and name in said
-
-
-def test_the_count_refuses_what_is_no_list(tmp_path):
-    assert scoring_ledger.read(tmp_path) == []
-    for text in ("", "[1]", "\xff"):
-        (tmp_path / scoring_ledger.FILE).write_text(text, encoding="latin-1")
-        with pytest.raises(RunError, match="move it away"):
-            scoring_ledger.add(tmp_path, accuracy=1.0)
-
-
-def test_an_ensemble_of_one_folder_is_one_scoring(tiny_run, tmp_path, capsys):
-    folder = Path(shutil.copytree(tiny_run, tmp_path / "run"))
-    both = (folder / "last.pt", folder / "previous.pt")
-    for times in (1, 2):
-        assert run(*both, "--ensemble", "--split", "test") == 0
-        assert len(scoring_ledger.read(folder)) == times
-    assert [facts["epoch"] for facts in scoring_ledger.read(folder)[-1]["members"]] == [4, 3]
-    assert capsys.readouterr().err.count("was scored on test once before") == 1
 
 
 def test_several_from_within_a_run_folder_are_reported_beside_it(tiny_runs, tmp_path, monkeypatch):
