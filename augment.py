@@ -124,14 +124,14 @@ def draw_epoch(
     colour_orders = [COLOUR_ORDERS[i] for i in rng.integers(len(COLOUR_ORDERS), size=math.ceil(n / batch))]
     share = np.ones(n, np.float32)
     if options.mixes:
-        alpha = np.where(uniforms[:, MIX_KIND] < _cutmix_odds(options), options.cutmix, options.mixup)
+        alpha = np.where(uniforms[:, MIX_KIND] < _cutmix_probability(options), options.cutmix, options.mixup)
         share = np.where(rng.random(n) < options.mix_probability, rng.beta(alpha, alpha), 1).astype(np.float32)
     if options.trivial_augment:  # drawn last: all that is drawn before is the same without
         uniforms = np.concatenate([uniforms, rng.random((n, operations.COLUMNS), dtype=np.float32)], axis=1)
     return EpochDraws(torch.from_numpy(order), torch.from_numpy(uniforms), torch.from_numpy(share), colour_orders)
 
 
-def _cutmix_odds(options: ViewOptions) -> float:
+def _cutmix_probability(options: ViewOptions) -> float:
     """Probability that a mixed sample takes CutMix rather than Mixup."""
     if options.cutmix and options.mixup:
         return 0.5
@@ -200,9 +200,9 @@ def augment(images: Tensor, uniforms: Tensor, colour_order: Sequence[int], size:
     Rotation about the centre with black outside, crop and both flips in one bilinear sampling without antialiasing;
     then brightness, contrast, saturation and hue in `colour_order`. `uniforms` are (B, COLUMNS).
     """
-    rows = max(1, CACHED_PIXELS // size**2)
-    if images.device.type == "cpu" and len(images) > rows:
-        parts = zip(images.split(rows), uniforms.split(rows), strict=True)
+    count = max(1, CACHED_PIXELS // size**2)
+    if images.device.type == "cpu" and len(images) > count:
+        parts = zip(images.split(count), uniforms.split(count), strict=True)
         return torch.cat([augment(*part, colour_order, size, options) for part in parts])
     p = view_parameters(uniforms, *images.shape[-2:], options)
     x = _sample(images, p, size, rotated=options.rotation > 0)
@@ -247,7 +247,7 @@ def _along(start: Tensor, length: Tensor, flip: Tensor, centres: Tensor, side: i
 def normalise(x: Tensor, inplace: bool = False) -> Tensor:
     """Subtract MEAN from float images (B, 3, H, W) in [0, 1] and divide by STD, channel by channel."""
     x = x if inplace else x.clone()
-    for channel, mean, std in zip(x.unbind(1), MEAN, STD, strict=True):
+    for channel, mean, std in zip(x.unbind(1), MEAN, STD, strict=True):  # numbers: a tensor would be copied over
         channel.sub_(mean).mul_(1 / std)
     return x
 
@@ -297,7 +297,7 @@ def mix(
         box = _square(
             uniforms[:, MIX_ROW], uniforms[:, MIX_COLUMN], ((1 - own_share).sqrt() * size).floor_()[:, None], size
         )
-        cut = uniforms[:, MIX_KIND] < _cutmix_odds(options)
+        cut = uniforms[:, MIX_KIND] < _cutmix_probability(options)
         own = torch.where(cut.view(-1, 1, 1, 1), 1 - box.float(), own)
     return torch.lerp(x.roll(1, 0), x, own), labels.roll(1), own.mean(dim=(1, 2, 3))
 

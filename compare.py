@@ -179,7 +179,7 @@ def notes(runs: list[Run]) -> list[str]:
 
 
 def _validating(recipe: Recipe) -> tuple[float, ...]:
-    """What chooses a run's validation images: an official fold, or by lot."""
+    """What chooses a run's validation images: an official fold, or a seed."""
     return (recipe.fold,) if recipe.fold is not None else (recipe.split_seed, recipe.val_fraction)
 
 

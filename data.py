@@ -176,7 +176,7 @@ def tune_indices(labels: Tensor, train: Tensor, fold: int) -> tuple[Tensor, Tens
 
 
 def balanced_indices(indices: Tensor, labels: Tensor, seed: Sequence[int]) -> Tensor:
-    """Resample `indices` (int64), as many again, to equal classes give or take one; `labels`: int64, of all images.
+    """Draw as many indices as are given, each class equally often, give or take one; `labels`: int64, of all images.
 
     Some or all images of a small class repeat, and some of a large one are left out; which ones depends on `seed`, a
     sequence of non-negative integers.

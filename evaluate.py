@@ -336,7 +336,7 @@ def score_original(
     """How the views were made, their logits (n, K) and their labels (n,); size and batch as in the network's stage."""
     stage_index, epoch = member.recipe.stage_and_epoch(member.epoch - 1)
     stage = member.recipe.stages[stage_index]
-    size = size or stage.crop_size_at(epoch)
+    size = size or stage.crop_size_in(epoch)
     try:
         with progress(len(images) * scoring.ORIGINAL_VIEWS, size) as bar:
             scores, index = scoring.original_logits(

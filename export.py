@@ -101,9 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", type=file_path, metavar="FOLDER", help="where to write (default: beside the checkpoint)"
     )
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=["torch"], help="formats (default: torch)")
-    told = "of the images to compare on (default: where the run had them)"
-    parser.add_argument("--data-dir", type=file_path, metavar="FOLDER", help=f"folder {told}")
-    parser.add_argument("--images", type=file_path, metavar="FOLDER", help=f"folder, as given to train.py, {told}")
+    words = "of the images to compare on (default: where the run had them)"
+    parser.add_argument("--data-dir", type=file_path, metavar="FOLDER", help=f"folder {words}")
+    parser.add_argument("--images", type=file_path, metavar="FOLDER", help=f"folder, as given to train.py, {words}")
     return parser
 
 
@@ -145,11 +145,11 @@ def export(trained: TrainedNetwork, name: str, out: Path, images: Tensor, sizes:
         with quiet():
             form.write(trained, temporary)
             difference, largest = compare(form.read(temporary), trained.model, images, sizes)
-        told = f"largest difference {difference:.1e} of logits up to {largest:.1f}"
+        result = f"largest difference {difference:.1e} of logits up to {largest:.1f}"
         if not difference <= form.tolerance * max(1.0, largest):  # nan is refused as well
-            raise RunError(f"{path} was not written, as it does not agree with the network: {told}")
+            raise RunError(f"{path} was not written, as it does not agree with the network: {result}")
         megabytes = temporary.stat().st_size / 1e6
-    print(f"{path}, {megabytes:.1f} MB: {told}")
+    print(f"{path}, {megabytes:.1f} MB: {result}")
 
 
 def compare(classify: Classify, model: nn.Module, images: Tensor, sizes: tuple[int, ...]) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Cross-entropy with part of each target spread over the other classes, and the divergence from teachers' answers."""
+"""Cross-entropy with part of each target spread over the other classes; the divergence from teachers' soft targets."""
 
 from collections.abc import Sequence
 
@@ -46,11 +46,12 @@ def softened_mean(logits: Sequence[Tensor], temperature: float) -> Tensor:
     return torch.stack([(each / temperature).softmax(-1) for each in logits]).mean(0)
 
 
-def distillation_loss(logits: Tensor, answers: Tensor, temperature: float) -> Tensor:
-    """KL(answers ‖ the student's softened answers) · temperature², one loss a sample, (B,): arXiv 1503.02531.
+def distillation_loss(logits: Tensor, soft_targets: Tensor, temperature: float) -> Tensor:
+    """KL(soft targets ‖ softmax(logits / temperature)) · temperature², one loss a sample, (B,): arXiv 1503.02531.
 
-    The student's float logits (B, K) are softened here; `answers` are probabilities (B, K) softened alike. Its gradient
-    is temperature · (the student's softened answers − answers): the square keeps it of one size at all temperatures.
+    float logits (B, K) of the student; `soft_targets` (B, K) are probabilities softened alike (see `softened_mean`).
+    The gradient is temperature · (the student's softened probabilities − soft targets): the square keeps it of one size
+    at all temperatures.
     """
     softened = (logits / temperature).log_softmax(-1)
-    return F.kl_div(softened, answers, reduction="none").sum(-1) * temperature**2
+    return F.kl_div(softened, soft_targets, reduction="none").sum(-1) * temperature**2

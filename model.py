@@ -160,7 +160,7 @@ class ResNet(nn.Module):
 
 
 class WideGroup(nn.Module):
-    """3×3 convolution, 2×2 max-pool, norm, rectifier; then `layers` 3×3 convolutions with norms beside a shortcut.
+    """3×3 convolution, max-pool, BatchNorm, LeakyReLU; then as many as `layers` 3×3 convolutions beside a shortcut.
 
     Maps (N, inplanes, H, W) to (N, planes, H/2, W/2), halves rounded down; without `pool` to (N, planes, H, W).
     """
@@ -203,7 +203,7 @@ class WideNet(nn.Module):
     Raises ValueError for options out of range, and for smaller inputs.
     """
 
-    # A channel of zeros stays zero through convolutions, BatchNorm, rectifiers, pooling and sums; through GroupNorm or
+    # A channel of zeros stays zero through convolutions, BatchNorm, LeakyReLU, pooling and sums; through GroupNorm or
     # LayerNorm it would not. So a CPU may compute the network with extra channels (harness/channel_padding.py).
     zero_channels_stay_zero = True
 
@@ -248,7 +248,7 @@ def cosine_filters(count: int) -> Tensor:
     """Filters of the cosine transform of 4 × 4 patches, lowest frequencies first: float32 (count, 3, 4, 4).
 
     Each is the product of a wave along each side and one of three axes of colour: grey, red against blue, green
-    against both. The first half are orthonormal; the second half are their negatives, since a rectifier keeps one
+    against both. The first half are orthonormal; the second half are their negatives, since LeakyReLU keeps one
     side of each. Colour changes more slowly than brightness, so its filters rank two frequencies later.
     Raises ValueError for more than 96.
     """

@@ -1,4 +1,4 @@
-"""How weights move: Muon for convolutions, the recipe's optimiser with its parameter groups, the running average."""
+"""The recipe's optimiser with its parameter groups; Muon, for convolutions; the running average of the weights."""
 
 import copy
 import math
@@ -21,7 +21,7 @@ FILTER_RATE = 0.1  # of Muon's steps, as a share of the rate of everything else
 def build_optimizer(
     recipe: Recipe, stage: Stage, net: ResNet | WideNet, precision: torch.dtype = torch.float32
 ) -> torch.optim.Optimizer:
-    """The recipe's optimiser, in PyTorch's fused form; norms and biases without decay unless `decay_norms`.
+    """The recipe's optimiser, in PyTorch's fused form; BatchNorm and biases without decay unless `decay_norms`.
 
     Muon multiplies in `precision`; all weights and states are float32. It leaves the stem's filters to SGD: they read
     the image itself, so they are no hidden layer.
@@ -82,15 +82,16 @@ class Muon(torch.optim.SGD):
                     self._muon_step(filters, group["lr"], group["momentum"])
         super().step()
 
-    def _muon_step(self, filters: Tensor, lr: float | Tensor, decay: float) -> None:
+    def _muon_step(self, filters: Tensor, lr: float | Tensor, momentum: float) -> None:
         if filters.grad is None:
             return
         state = self.state[filters]
         scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        before = (filters.clone(), state["momentum_buffer"].clone()) if overflow is not None else ()
+        buffer = state["momentum_buffer"]
+        before = (filters.clone(), buffer.clone()) if overflow is not None else ()
         grad = filters.grad if scale is None else filters.grad.div_(scale)
-        momentum = torch.add(grad, state["momentum_buffer"], alpha=decay, out=state["momentum_buffer"])
-        ahead = grad.add_(momentum, alpha=decay)
+        torch.add(grad, buffer, alpha=momentum, out=buffer)
+        ahead = grad.add_(buffer, alpha=momentum)
         # The order of the columns does not matter: taken as they lie in memory, nothing has to be copied.
         order = (0, 2, 3, 1) if filters.is_contiguous(memory_format=torch.channels_last) else (0, 1, 2, 3)
         weights = filters.permute(order).view(len(filters), -1)  # a view, as it is written to
@@ -101,7 +102,7 @@ class Muon(torch.optim.SGD):
         else:
             weights.sub_(direction, alpha=lr)
         if overflow is not None:  # GradScaler's: where a gradient overflowed, nothing is learnt
-            for value, old in zip((filters, momentum), before, strict=True):
+            for value, old in zip((filters, buffer), before, strict=True):
                 value.copy_(torch.where(overflow > 0, old, value))
         filters.grad = None  # done: SGD's step passes over it
 
@@ -116,7 +117,7 @@ def orthogonalise(matrix: Tensor, precision: torch.dtype = torch.float32) -> Ten
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = (x / (x.norm() + EPSILON)).to(precision)
-    lift = torch.tensor(LINEAR, dtype=precision).item()  # as the products see it
+    lift = torch.tensor(LINEAR, dtype=precision).item()  # rounded to the precision of the products
     square, product = x @ x.T, None
     for iteration in range(ITERATIONS):  # x ← s·x with s a polynomial of x·xᵀ: the s are gathered first
         step = torch.addmm(square, square, square, beta=CUBIC, alpha=QUINTIC)
@@ -144,7 +145,7 @@ def rates_on_device(optimizer: torch.optim.Optimizer, device: torch.device) -> N
 
 
 def portable_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimiser's state with its rates as numbers, as any machine can take it up."""
+    """The optimiser's state with its rates as plain numbers, which a machine without CUDA can load."""
     state = optimizer.state_dict()
     for group in state["param_groups"]:
         group["lr"] = float(group["lr"])

@@ -22,6 +22,7 @@ TTA_HELP = "test-time augmentation; predictions are averaged over: " + "; ".join
 NO_LIMIT = 10**12  # parameters: a budget that holds nothing back
 MOST_VIEWS = 10_000
 OLD_NAMES = {"view": "augmentation", "views": "views_per_image"}  # of checkpoints of format 1
+RETIRED = {"mirrored": False}  # settings of older versions, with the value that meant what is now the only way
 
 
 class UnknownSettings(ValueError):
@@ -45,14 +46,14 @@ class Stage:
         if not self.crop_size:
             raise ValueError("crop_size names at least one size")
 
-    def crop_size_at(self, epoch: int) -> int:
+    def crop_size_in(self, epoch: int) -> int:
         """Side in px of the views of an epoch of this stage, counted from 0."""
         return self.crop_size[epoch * len(self.crop_size) // self.epochs]
 
     @property
     def unused_crop_sizes(self) -> tuple[int, ...]:
         """The crop sizes that no epoch uses, because there are fewer epochs than sizes."""
-        used = {self.crop_size_at(epoch) for epoch in range(self.epochs)}
+        used = {self.crop_size_in(epoch) for epoch in range(self.epochs)}
         return tuple(size for size in dict.fromkeys(self.crop_size) if size not in used) if self.epochs else ()
 
 
@@ -129,7 +130,9 @@ class Recipe:
     mix_until: float = option(
         "share of the epochs in which Mixup and CutMix are on; they are off in the rest", 1.0, low=0.0, high=1.0
     )
-    teacher_temperature: float = option("temperature that softens the answers of --teacher", 2.0, above=0.0, high=100.0)
+    teacher_temperature: float = option(
+        "temperature that softens the probabilities of --teacher", 2.0, above=0.0, high=100.0
+    )
     label_share: float = option("with --teacher: weight of the labels in the loss", 0.5, low=0.0, high=1.0)
     teachers: tuple[str, ...] = ()  # by content: digests of the networks that --teacher names
     tta: str = option(TTA_HELP, "none", choices=TTA)
@@ -176,7 +179,7 @@ class Recipe:
     def crop_size_at(self, epochs_done: int) -> int:
         """Side in px of the views in the run's next epoch, after `epochs_done` of them."""
         index, epoch = self.stage_and_epoch(epochs_done)
-        return self.stages[index].crop_size_at(epoch)
+        return self.stages[index].crop_size_in(epoch)
 
     def tta_at(self, epochs_done: int) -> str:
         """Forms over which the validation images are scored after the run's next epoch, the one after `epochs_done`.
@@ -222,6 +225,7 @@ class Recipe:
         values = {OLD_NAMES.get(name, name): value for name, value in values.items()}
         if "mirror" in values:  # of format 1
             values["tta"] = "mirror" if values.pop("mirror") else "none"
+        values = {name: value for name, value in values.items() if (name, value) not in RETIRED.items()}
         values = old_rules(values) | values
         stages = tuple(Stage(**_known(Stage, stage)) for stage in values["stages"])
         augmentation = ViewOptions(**_known(ViewOptions, values["augmentation"]))

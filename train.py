@@ -28,7 +28,7 @@ from augment import Batch, EpochDraws, augmented_batch, draw_epoch, take_samples
 from data import Split, balanced_indices
 from harness import checkpoint, distributed, scoring
 from harness.channel_padding import with_padded_channels
-from harness.cli import Runtime, default_run_folder, parse_train, too_few_epochs_for, usage_error
+from harness.cli import Runtime, default_run_folder, epoch_warnings, parse_train, usage_error
 from harness.compiled import CompiledForm
 from harness.cost import next_epoch_seconds
 from harness.graphs import Graphs
@@ -36,7 +36,7 @@ from harness.images import fingerprint, load_images
 from harness.interrupt import Interrupt, Stopped
 from harness.machine import Machine, start_machine
 from harness.metrics import hits_and_loss
-from harness.picture_defaults import suit_folder
+from harness.picture_defaults import fit_to_folder
 from harness.progress import Progress
 from harness.run_folder import RunFolder
 from harness.teachers import Teachers, digest, load_teachers
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     with distributed.leader_first():
         split = load_images(recipe, runtime.data_dir, runtime.images)
     if runtime.images:
-        recipe = suit_folder(recipe, runtime, split)
+        recipe = fit_to_folder(recipe, runtime, split)
     samples = len(split.train) * recipe.views_per_image
     if any(stage.epochs and stage.batch > samples for stage in recipe.stages):
         usage_error(f"--batch is more than an epoch's {samples} samples")
@@ -72,11 +72,11 @@ def main(argv: list[str] | None = None) -> int:
 def fit(trainer: "Trainer", run: RunFolder, split: Split, runtime: Runtime, interrupt: Interrupt) -> int:
     """Begin or continue a run, train to the end of the recipe or until interrupted; returns the exit status."""
     status = 0
-    begin_or_continue(trainer, run, len(split.train), runtime)
+    begin_or_continue(trainer, run, runtime)
     with interrupt.listening():
         try:
             with interrupt.before_peer_loss(), errors.memory_reported(run.what_needs_memory):
-                train_stages(trainer, run, split, interrupt)
+                train_epochs(trainer, run, split, interrupt)
                 distributed.leave()
         except Stopped as stop:
             reason, status = stop.args
@@ -88,7 +88,7 @@ def fit(trainer: "Trainer", run: RunFolder, split: Split, runtime: Runtime, inte
     return status
 
 
-def begin_or_continue(trainer: "Trainer", run: RunFolder, train_count: int, runtime: Runtime) -> None:
+def begin_or_continue(trainer: "Trainer", run: RunFolder, runtime: Runtime) -> None:
     """Put the trainer into the state that the run folder holds, if any; else start from --init, or from scratch."""
     if runtime.overwrite and run.recipe.init:
         checkpoint.take_weights(trainer.net, run.recipe.init)  # or refuse them, before anything is removed
@@ -98,27 +98,27 @@ def begin_or_continue(trainer: "Trainer", run: RunFolder, train_count: int, runt
     if distributed.max_over_ranks(run.epochs_done) != run.epochs_done:
         raise errors.RunError(f"{run.folder} is not one and the same folder for all processes")
     if run.epochs_done == recipe.epochs:
-        print("this run is finished; --overwrite starts anew")
-        return  # train_stages finds nothing left to do
+        print("this run is finished; --overwrite starts over")
+        return  # train_epochs finds nothing left to do
     stage_index, epoch = recipe.stage_and_epoch(run.epochs_done)
     if state:
         with checkpoint.mismatch_reported(run.folder / "last.pt"):
             if epoch:
-                trainer.begin_stage(recipe.stages[stage_index], train_count)
+                trainer.begin_stage(recipe.stages[stage_index], run.images["train"])
                 trainer.restore(state)
             else:  # between two stages the weights alone go on
                 trainer.net.load_state_dict(state["model"])
     elif recipe.init:
         checkpoint.take_weights(trainer.net, recipe.init)
-    for sentence in too_few_epochs_for(recipe):
+    for sentence in epoch_warnings(recipe):
         trainer.machine.note(sentence)
     run.write_config(runtime, trainer.net)
     print(f"{run.folder}: {recipe.name}, {run.epochs_done} of {recipe.epochs} epochs done")
     print(trainer.machine, flush=True)
 
 
-def train_stages(trainer: "Trainer", run: RunFolder, split: Split, interrupt: Interrupt) -> None:
-    """The loop over stages; the original has two, 300 epochs at 70 px and 140 at 120. Raises Stopped to end early."""
+def train_epochs(trainer: "Trainer", run: RunFolder, split: Split, interrupt: Interrupt) -> None:
+    """The loop over all stages' epochs: the original's are 300 at 70 px and 140 at 120. Raises Stopped to end early."""
     recipe, machine, (dataset, train, val) = trainer.recipe, trainer.machine, split
     images = machine.hold(dataset.images)
     labels, val = dataset.labels.to(images.device), val.to(images.device)
@@ -127,7 +127,7 @@ def train_stages(trainer: "Trainer", run: RunFolder, split: Split, interrupt: In
         began = time.monotonic()
         stage_index, epoch = recipe.stage_and_epoch(run.epochs_done)
         stage = recipe.stages[stage_index]
-        size = stage.crop_size_at(epoch)
+        size = stage.crop_size_in(epoch)
         seed = (recipe.seed, stage_index, epoch)
         indices = balanced_indices(train, dataset.labels, seed) if recipe.balance else train
         draws = draw_epoch(indices, recipe.views_per_image, stage.batch, recipe.augmentation_at(run.epochs_done), seed)
@@ -135,7 +135,7 @@ def train_stages(trainer: "Trainer", run: RunFolder, split: Split, interrupt: In
         if epoch == 0:
             trainer.begin_stage(stage, len(train))
             run.draw_views(stage_index, images, labels, draws, size)
-        rate = trainer.learning_rate
+        lr = trainer.learning_rate
         with distributed.peer_loss_reported(), progress.epoch(run.epochs_done, run.rows) as tick:
 
             def after_step() -> None:
@@ -151,7 +151,7 @@ def train_stages(trainer: "Trainer", run: RunFolder, split: Split, interrupt: In
             {
                 "stage": stage_index + 1,
                 "epoch": run.epochs_done + 1,
-                "lr": rate,
+                "lr": lr,
                 "train_loss": result.losses.double().mean().item(),
                 "train_accuracy": result.hits / result.samples,
                 "val_loss": val_loss,
@@ -171,7 +171,7 @@ class EpochResult(NamedTuple):
     """An epoch's figures, of all processes together."""
 
     losses: Tensor  # float32 (steps,), of each step
-    hits: int  # right answers
+    hits: int  # correct predictions
     samples: int
     finite: bool  # whether weights, running statistics and optimiser state all are
 
@@ -185,8 +185,8 @@ class Trainer:
             torch.manual_seed(recipe.seed)
             self.net = build_network(recipe, classes)
         self.net.to(machine.device, memory_format=torch.channels_last)
-        # Every form shares net's weights: its channels are padded (on a CPU, not compiled) or it is compiled; around
-        # that, gradients are averaged over processes.
+        # What a step trains shares net's weights: the network with padded channels (on a CPU) or compiled (on a GPU),
+        # wrapped so that gradients are averaged over processes.
         pads = machine.device.type == "cpu" and not machine.compile
         padded = with_padded_channels(self.net, recipe, classes) if pads else self.net
         self.form = CompiledForm(padded, machine)
@@ -234,7 +234,7 @@ class Trainer:
     def train_epoch(
         self, images: Tensor, labels: Tensor, draws: EpochDraws, stage: Stage, size: int, after_step: Callable[[], None]
     ) -> EpochResult:
-        """One pass over the drawn samples: uint8 images (N, 3, H, W) and int64 labels (N,), where `hold` put them.
+        """One pass over the drawn samples, of uint8 images (N, 3, H, W) and int64 labels (N,), where `hold` put them.
 
         `augmented_batch` makes the views: rotation, crop, flips, colours; then it normalises, erases and mixes.
         Nothing waits for the device before the end; `after_step` may raise.
@@ -258,7 +258,7 @@ class Trainer:
         return self._result(losses, hits, steps * stage.batch)
 
     def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Learn from one batch. Returns the mean loss and the number of right answers, still on the device."""
+        """Learn from one batch. Returns the mean loss and the number of correct predictions, still on the device."""
         loss, hits = self.graphs.run(self.learn, batch)
         if self.recipe.rate_by_step:
             self.schedule.step()
@@ -269,34 +269,34 @@ class Trainer:
     def learn(self, x: Tensor, labels: Tensor, other_labels: Tensor, own_share: Tensor) -> tuple[Tensor, Tensor]:
         """Forward pass, loss, backward pass, update: of normalised views (B, 3, s, s) and the fields of a `Batch`."""
         x = x.contiguous(memory_format=torch.channels_last)
-        teachers_answers = None if self.teachers is None else self.teachers(x)
+        soft_targets = None if self.teachers is None else self.teachers(x)
         larger_label = torch.where(own_share >= 0.5, labels, other_labels)
 
         def forward_and_backward() -> tuple[Tensor, Tensor]:  # run again, uncompiled, where compiling fails
             with self.machine.autocast():
                 logits = self.step_model(x)
             logits = logits.float()
-            loss = self.batch_loss(logits, labels, other_labels, own_share, teachers_answers)
+            loss = self.batch_loss(logits, labels, other_labels, own_share, soft_targets)
             self.scaler.scale(loss).backward()
             return loss.detach(), (logits.detach().argmax(1) == larger_label).sum()
 
         self.optimizer.zero_grad()
         loss, hits = self.form.attempt(forward_and_backward, x.shape)
-        forget_scale(self.optimizer)  # of a step that could not be captured
+        forget_scale(self.optimizer)  # GradScaler's, left by a failed capture: this step would use it
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss, hits
 
     def batch_loss(
-        self, logits: Tensor, labels: Tensor, other_labels: Tensor, own_share: Tensor, teachers_answers: Tensor | None
+        self, logits: Tensor, labels: Tensor, other_labels: Tensor, own_share: Tensor, soft_targets: Tensor | None
     ) -> Tensor:
-        """Mean loss of logits (B, K): by the labels, mixed as the views are, and by the teachers' probabilities."""
+        """Mean loss of logits (B, K): by the labels, mixed as the views are, and by the teachers' soft targets."""
         loss = self.loss(logits, labels)
         if self.recipe.augmentation.mixes:
             loss = own_share * loss + (1 - own_share) * self.loss(logits, other_labels)
-        if teachers_answers is not None:
+        if soft_targets is not None:
             share, temperature = self.recipe.label_share, self.recipe.teacher_temperature
-            loss = share * loss + (1 - share) * distillation_loss(logits, teachers_answers, temperature)
+            loss = share * loss + (1 - share) * distillation_loss(logits, soft_targets, temperature)
         return loss.mean()
 
     def _result(self, losses: Tensor, hits: Tensor, samples: int) -> EpochResult:

@@ -48,7 +48,7 @@ OTHER_LETTERS = (  # what systems have for scripts that it lacks
 )
 
 Arguments = ParamSpec("Arguments")
-_noted: set[str] = set()
+letters_noted: set[str] = set()
 
 
 def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
@@ -80,9 +80,9 @@ def _font_families() -> list[str]:
 def _note_missing_letters(messages: Iterable[str]) -> None:
     found = (re.match(r"Glyph (\d+) ", message) for message in messages)
     missing = dict.fromkeys(chr(int(match[1])) for match in found if match)
-    new = [letter for letter in missing if letter not in _noted]
+    new = [letter for letter in missing if letter not in letters_noted]
     if new:
-        _noted.update(new)
+        letters_noted.update(new)
         shown = printable("".join(new[:10])) + (" …" if len(new) > 10 else "")
         print(f"note: no font here has the letters {shown}; plots show boxes for them", file=sys.stderr)
 

@@ -41,10 +41,10 @@ def with_padded_channels(net: nn.Module, recipe: Recipe, classes: int) -> nn.Mod
 class PaddedChannels(nn.Module):
     """`net` in training mode, calculated as the wider `twin`, whose weights are the net's with zeros around them.
 
-    A channel of zeros stays zero through convolutions, norms (whose weight and bias are 0 there), rectifiers, pooling
-    and sums. So the logits are the net's, the gradients reach the net's own parameters, and its running statistics are
-    updated. `twin`: a network of the same kind and layers. Its own weights are never used, so it may be on the meta
-    device.
+    A channel of zeros stays zero through convolutions, BatchNorms (whose weight and bias are 0 there), LeakyReLU,
+    pooling and sums. So the logits are the net's, the gradients reach the net's own parameters, and its running
+    statistics are updated. `twin`: a network of the same kind and layers. Its own weights are never used, so it may be
+    on the meta device.
     """
 
     def __init__(self, net: nn.Module, twin: nn.Module) -> None:

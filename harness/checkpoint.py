@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from harness.errors import RunError, is_out_of_memory, reason
-from harness.files import atomic_write
+from harness.files import atomic_write, rename
 from model import ResNet, WideNet
 from recipes import Recipe, UnknownSettings, build_network
 
@@ -137,7 +137,7 @@ def resume(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
         lost = remove_weights_after(folder, payload.get("epoch", math.inf))
         if lost:
             warning += f", without {' and '.join(lost)} of the epoch that is lost"
-        os.replace(previous, last)  # or the next commit would keep the damaged file as previous.pt
+        rename(previous, last)  # or the next commit would keep the damaged file as previous.pt
         return payload, warning
 
 

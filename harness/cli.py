@@ -30,7 +30,7 @@ class Runtime:
         None,
     )
     teacher: tuple[Path, ...] = option(
-        "run folders or checkpoints of trained networks whose answers to learn from, see docs/DISTILLATION.md", ()
+        "run folders or checkpoints of trained networks to learn from, see docs/DISTILLATION.md", ()
     )
     out: Path | None = option("run folder (default: runs/RECIPE-seedSEED, with the images' and fold's names)", None)
     device: str = option("cpu, cuda, cuda:1 …; auto takes CUDA where there is any", "auto")
@@ -43,14 +43,15 @@ class Runtime:
     compile: bool | None = option("compile the training step, and capture it on CUDA (default: on CUDA)", None)
     deterministic: bool = option("the same bits again on CUDA, at some cost in speed (a CPU needs no flag)", False)
     max_minutes: float = option("stop at the last epoch end within this time; 0 is no limit", 0.0, low=0.0, high=1e6)
-    overwrite: bool = option("start anew in a run folder that holds a run", False)
+    overwrite: bool = option("start over in a run folder that holds a run", False)
     tensorboard: bool = option("write the numbers of metrics.csv for TensorBoard too, in the run folder", False)
     by_default: tuple[str, ...] = ()  # which of recipe, views and batch were not given and are chosen to suit --images
 
     def __post_init__(self) -> None:
         check_limits(self)
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
-            raise ValueError(f"device is cpu, cuda, cuda:1 … or auto, not {self.device!r}")
+            why = ": a Mac's GPU is not supported" if self.device == "mps" else ""
+            raise ValueError(f"device is cpu, cuda, cuda:1 … or auto, not {self.device!r}{why}")
 
 
 MACHINE_FLAGS = ("device", "threads", "precision")
@@ -166,6 +167,8 @@ def parse_train(argv: list[str] | None = None) -> tuple[Recipe, Runtime]:
     if demo and name not in (None, "demo"):
         parser.error(f"--demo and --recipe {name} exclude each other")
     recipe = RECIPES["demo" if demo else name or ("cpu" if "images" in args else "original")]
+    if demo:
+        args.setdefault("compile", False)  # which would take longer than the run
     chosen = [] if name else ["recipe"]
     chosen += [] if "views_per_image" in args else ["views"]
     chosen += [] if args.keys() & {"batch", "lr"} else ["batch"]  # a batch and its rate are chosen together
@@ -195,7 +198,7 @@ def parse_train(argv: list[str] | None = None) -> tuple[Recipe, Runtime]:
     refuse_among_pictures(parser, out, runtime.images)
     for path in (*runtime.teacher, *([Path(recipe.init)] if recipe.init else [])):
         if runtime.overwrite and files.lies_in(path, out):
-            parser.error(f"--overwrite starts anew in {out}, where {path} lies, which the run learns from; see --out")
+            parser.error(f"--overwrite starts over in {out}, where {path} lies, which the run learns from; see --out")
     return recipe, runtime
 
 
@@ -218,7 +221,7 @@ def idle_settings(recipe: Recipe) -> dict[str, str]:
     return idle
 
 
-def too_few_epochs_for(recipe: Recipe) -> Iterator[str]:
+def epoch_warnings(recipe: Recipe) -> Iterator[str]:
     """A sentence for each stage with too few epochs for its crop sizes, and one for a --mix-until without effect."""
     for number, stage in enumerate(recipe.stages, 1):
         if stage.unused_crop_sizes:

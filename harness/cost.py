@@ -14,7 +14,7 @@ from recipes import Recipe
 # What a training step costs, for a prediction before anything has been measured (see benchmark.py). On a CPU it is two
 # things: convolutions run at the speed of a matrix product, and whatever lies between them waits for memory.
 CPU_GFLOPS = {torch.bfloat16: 240.0, torch.float16: 65.0, torch.float32: 65.0}  # per core
-# Per core and number that a BatchNorm puts out: with rectifier, forward and backward (fp32: on an older processor).
+# Per core and number that a BatchNorm puts out: with LeakyReLU, forward and backward (fp32: on an older processor).
 CPU_NORM_SECONDS = {torch.bfloat16: 1.5e-9, torch.float16: 6e-9, torch.float32: 6e-9}
 FORWARD_SHARE = 1 / 3  # of a training step's arithmetic: the backward pass costs twice the forward pass
 CUDA_GFLOPS = {torch.bfloat16: 40_000.0, torch.float16: 40_000.0, torch.float32: 10_000.0}  # guesses
@@ -81,7 +81,7 @@ def norm_outputs(net: nn.Module, size: int) -> int:
 
 @torch.no_grad()
 def _forward(net: nn.Module, size: int) -> list[int]:
-    """Pass an image through a copy of the network without memory or arithmetic; the sizes of its norms' outputs."""
+    """Pass an image through a copy of the network without memory or arithmetic; its BatchNorms' output sizes."""
     sizes: list[int] = []
     twin = copy.deepcopy(net).to("meta").eval()
     for module in twin.modules():

@@ -102,16 +102,17 @@ def _replace(target: Path, temporary: Path, keep: Path | None) -> None:
     with contextlib.suppress(FileNotFoundError):
         _copy_rights(target.stat(), temporary)
     if keep is not None and target.exists():
-        _rename(target, keep)
+        rename(target, keep)
     try:
-        _rename(temporary, target)
+        rename(temporary, target)
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise
         _write_into(target, temporary)  # a file that is mounted alone, as containers have them
 
 
-def _rename(path: Path, target: Path) -> None:
+def rename(path: Path, target: Path) -> None:
+    """Give a file another name, whose own file it replaces; on Windows, try again while a program has it open."""
     for pause in PAUSES:
         try:
             return os.replace(path, target)

@@ -164,11 +164,11 @@ def own_threads() -> int:
 def usable_cores() -> int:
     """The CPU cores that this process is bound to, but no more than its container may use."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cpu_quota(Path("/sys/fs/cgroup"))
+    quota = cpu_quota(Path("/sys/fs/cgroup"))
     return bound if quota is None else max(1, min(bound, int(quota)))
 
 
-def _cpu_quota(groups: Path) -> float | None:
+def cpu_quota(groups: Path) -> float | None:
     """How many CPUs this container may use, by Linux's control groups of either version; None is no limit."""
     files = ([groups / "cpu.max"], [groups / "cpu" / f"cpu.cfs_{name}_us" for name in ("quota", "period")])
     for version in files:
@@ -239,7 +239,7 @@ def _try_kernel(device: torch.device) -> None:
 
 def _precision(device: torch.device, wanted: str) -> torch.dtype:
     """The precision of that name; `auto` takes bf16 where the device has it, else fp16 where that pays, else fp32."""
-    native = _has_native_bf16(device)
+    native = has_native_bf16(device)
     if wanted == "bf16" and device.type == "cuda" and not native:
         raise RunError(f"{torch.cuda.get_device_name(device)} has no bf16 arithmetic; use --precision fp16 or fp32")
     if wanted != "auto":
@@ -255,7 +255,7 @@ def _has_tensor_cores(device: torch.device) -> bool:
     return new_enough and not WITHOUT_TENSOR_CORES.search(torch.cuda.get_device_name(device))
 
 
-def _has_native_bf16(device: torch.device) -> bool:
+def has_native_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

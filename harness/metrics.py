@@ -9,14 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def hits_and_loss(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Number of right answers (int64) and mean cross-entropy, both 0-dim on the device, without waiting for it."""
-    return (scores.argmax(1) == labels).sum(), F.cross_entropy(scores, labels)
+def hits_and_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of correct predictions and mean cross-entropy, from float logits (N, K) and int64 labels (N,).
 
-
-def accuracy(scores: Tensor, labels: Tensor) -> float:
-    """Share of right answers, 0 … 1, from logits (N, K) and labels (N,)."""
-    return (scores.argmax(1) == labels).double().mean().item()
+    Both are 0-dim on the device, which is not waited for.
+    """
+    return (logits.argmax(1) == labels).sum(), F.cross_entropy(logits, labels)
 
 
 def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -33,14 +31,14 @@ def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def interval(share: float, images: int) -> tuple[float, float]:
-    """The 95 % interval of a share of right answers among `images` images, by the nearest whole number of hits."""
+    """The 95 % interval of a share of correct predictions of `images` images, by the nearest whole number of hits."""
     return wilson(round(share * images), images)
 
 
 def mcnemar(first_alone: int, second_alone: int) -> float:
     """McNemar's exact test (Psychometrika 12, 1947): are two networks, scored on the same images, equally good?
 
-    Of the images that only one of them answers rightly, the first has `first_alone` and the second `second_alone`.
+    Of the images that only one of them predicts correctly, the first has `first_alone` and the second `second_alone`.
     Returns the two-sided p-value: the probability of a division at least this uneven if each of these images were the
     toss of a fair coin. Raises ValueError for a negative count.
     """
@@ -88,20 +86,20 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> 
     return ((confidence - share).abs().nan_to_num() * count).sum().item() / count.sum().item()
 
 
-def figures(scores: Tensor, labels: Tensor, classes: Sequence[str], images: int) -> dict[str, Any]:
+def figures(logits: Tensor, labels: Tensor, classes: Sequence[str], images: int) -> dict[str, Any]:
     """What is reported of a scoring, as plain values: from logits (n, K) and labels (n,) of `images` images.
 
     Several views of an image count towards the accuracy, but not as images of their own in its 95% interval.
     """
-    hits, loss = hits_and_loss(scores, labels)
+    hits, loss = hits_and_loss(logits, labels)
     share = hits.item() / len(labels)
-    shares = per_class_accuracy(confusion(scores.argmax(1), labels, len(classes))).tolist()
+    shares = per_class_accuracy(confusion(logits.argmax(1), labels, len(classes))).tolist()
     return {
         "images": images,
         "predictions": len(labels),
         "accuracy": share,
         "interval_95": list(interval(share, images)),
         "loss": loss.item(),
-        "calibration_error": calibration_error(scores.softmax(1), labels),
+        "calibration_error": calibration_error(logits.softmax(1), labels),
         "per_class": {name: None if math.isnan(value) else value for name, value in zip(classes, shares, strict=True)},
     }

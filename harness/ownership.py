@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from harness import scoring_ledger
 from harness.checkpoint import WEIGHTS
 from harness.errors import RunError
+from harness.files import rename
 from harness.report import PICTURES, REPORT
 from harness.tensorboard_log import EVENT_FILES
 from harness.text import listed
@@ -61,7 +61,7 @@ def remove_run(folder: Path) -> None:
     """
     (folder / "previous.pt").unlink(missing_ok=True)
     with contextlib.suppress(FileNotFoundError):
-        os.replace(folder / "last.pt", folder / OVERWRITTEN)
+        rename(folder / "last.pt", folder / OVERWRITTEN)
     for path in _matching(folder, (*RUN_FILES, scoring_ledger.FILE)):
         path.unlink()
     for report in _matching(folder, [f"evaluation-*/{REPORT}"]):

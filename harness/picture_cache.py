@@ -50,7 +50,7 @@ def squares(folder: Path, paths: Sequence[Path], size: int) -> Tensor:
     file = folder / f"{CACHE_PREFIX}{size}px.npz"
     names = [path.relative_to(folder).as_posix() for path in paths]
     kept = _read(file, size)
-    status = [_status(path) for path in paths]
+    status = [status_of(path) for path in paths]
     trusted = kept.status if TRUSTS_STATUS else {}
     if [*trusted.items()] == [*zip(names, status, strict=True)]:
         return torch.from_numpy(kept.images)
@@ -63,7 +63,7 @@ def squares(folder: Path, paths: Sequence[Path], size: int) -> Tensor:
         images[index] = kept.images[row_of[digests[index]]]
 
     def open_one(index: int) -> None:
-        digests[index] = _digest(paths[index])
+        digests[index] = digest_of(paths[index])
         row = row_of.get(digests[index])
         images[index] = picture_file.open_square(paths[index], size) if row is None else kept.images[row]
         done[index] = True
@@ -117,7 +117,7 @@ def _read(file: Path, size: int) -> _Kept:
     return _Kept({}, {}, np.empty((0, 3, size, size), np.uint8))
 
 
-def _status(path: Path) -> list[int]:
+def status_of(path: Path) -> list[int]:
     """What changes with a file's content, even if its mtime is set back: size in bytes, mtime, ctime and inode."""
     try:
         status = path.stat()
@@ -126,7 +126,8 @@ def _status(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file. Raises RunError."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

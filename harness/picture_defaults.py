@@ -6,6 +6,7 @@ import math
 from data import TRAIN_IMAGES, Split
 from harness import distributed, picture_folder
 from harness.cli import Runtime, usage_error
+from harness.text import counted
 from recipes import MOST_VIEWS, Recipe
 
 # For small sets: the views of a picture over the whole run beyond which nothing is gained, the steps below which there
@@ -16,7 +17,7 @@ LEAST_BATCH = 32
 UNEQUAL = 3  # times as many pictures in the largest class as in the smallest
 
 
-def suit_folder(recipe: Recipe, runtime: Runtime, split: Split) -> Recipe:
+def fit_to_folder(recipe: Recipe, runtime: Runtime, split: Split) -> Recipe:
     """The recipe for a folder of the user's own, fitted where nothing is given; says what was found and chosen."""
     dataset, train, val = split
     print(picture_folder.summary(dataset.classes, dataset.labels, train, val))
@@ -29,7 +30,8 @@ def suit_folder(recipe: Recipe, runtime: Runtime, split: Split) -> Recipe:
         recipe = fit_views(recipe, len(train))
         views = recipe.views_per_image
         in_all = recipe.epochs * views * len(train)
-        print(f"{views:,} views of each picture an epoch, {in_all:,} in all; --views sets another number")
+        way = "--epochs sets fewer" if views == 1 else "--views sets another number"
+        print(f"{counted(views, 'view')} of each picture an epoch, {in_all:,} in all; {way}")
     if "batch" in runtime.by_default:
         usual, recipe = recipe, fit_batches(recipe, len(train), distributed.world_size())
         if recipe != usual:

@@ -63,18 +63,18 @@ def open_square(path: Path, size: int) -> Tensor:
 
 def _read(path: Path) -> Image.Image:
     try:
-        return _decode(path)
+        return decode(path)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise
     except Exception:
         with contextlib.suppress(Exception):  # the first error says what is wrong
-            picture = repaired(path.read_bytes(), _decode) if path.is_file() else None
+            picture = repaired(path.read_bytes(), decode) if path.is_file() else None
             if picture is not None:
                 return picture
         raise
 
 
-def _decode(file: Path | io.BytesIO) -> Image.Image:
+def decode(file: Path | io.BytesIO) -> Image.Image:
     """The pixels in RGB, upright."""
     with Image.open(file) as image:
         _fit_transparent_value(image)

@@ -41,12 +41,14 @@ def accuracy(
     *,
     title: str,
     val_images: int,
+    val_size: int,
     restarts: Sequence[float] = (),
     stage_names: Sequence[str] = (),
 ) -> Figure:
     """Validation accuracy with its 95% Wilson interval, and training accuracy; best point labelled.
 
-    `val_images`: how many images each validation accuracy is of. `restarts`: epochs on the axis of the rows.
+    `val_images`: how many images each validation accuracy is of. `val_size`: their side in px in the last row.
+    `restarts`: epochs on the axis of the rows.
     """
     figure, axes = _canvas("epoch", "accuracy")
     epochs, values = _column(rows, "val_accuracy")
@@ -60,7 +62,7 @@ def accuracy(
         _label_best(axes, epochs[best], values[best])
         low, high = bounds[-1]
         facts = (
-            f"val accuracy: last {values[-1]:.1%} ({low:.1%} to {high:.1%}), "
+            f"val accuracy at {val_size} px: last {values[-1]:.1%} ({low:.1%} to {high:.1%}), "
             f"best {values[best]:.1%} at epoch {epochs[best]:g}, selected on these images"
         )
     _percent(axes.yaxis)
@@ -216,7 +218,7 @@ def reliability(
 ) -> Figure:
     """Accuracy over confidence, from equal bins of it (`metrics.reliability`), with the share of images in each.
 
-    `error`: the expected calibration error, 0 … 1, told in the title.
+    `error`: the expected calibration error, 0 … 1, which the title gives.
     """
     count, confidence, share = (np.asarray(values, dtype=float) for values in (count, confidence, share))
     edges = np.linspace(0, 1, len(count) + 1)

@@ -37,7 +37,7 @@ class Progress:
     ) -> None:
         self.machine, self.recipe, self.net, self.classes = machine, recipe, net, classes
         self.images, self.val = images["train"], images["val"] * machine.world  # the leader scores alone
-        self._on_a_cpu = fit_views(CPU, self.images) if "digest" in images else CPU
+        self._cpu_recipe = fit_views(CPU, self.images) if "digest" in images else CPU
         self.samples_per_second, self.cold_seconds = 0.0, 0.0
         self._forecast_of: int | None = None  # the stage whose end has been announced
         self._compiled: set[tuple[int, int]] = set()  # sizes in px and batches
@@ -50,7 +50,7 @@ class Progress:
         """
         stage_index, epoch = self.recipe.stage_and_epoch(epochs_done)
         stage = self.recipe.stages[stage_index]
-        size, steps = stage.crop_size_at(epoch), self.recipe.steps_per_epoch(stage, self.images)
+        size, steps = stage.crop_size_in(epoch), self.recipe.steps_per_epoch(stage, self.images)
         compiles = self.machine.compile and (size, stage.batch) not in self._compiled
         self._compiled.add((size, stage.batch))
         if compiles and self.machine.leads:
@@ -84,21 +84,21 @@ class Progress:
         self.cold_seconds = min(max(extra, 0.0), seconds)
         self.samples_per_second = steps * stage.batch / max(seconds - self.cold_seconds, 1e-9)
 
-    def forecast(self, epochs_done: int, rate: float) -> str:
+    def forecast(self, epochs_done: int, samples_per_second: float) -> str:
         """When stage and run will end, by the samples per second of the epoch after `epochs_done` finished ones.
 
         Empty for a run that ends soon.
         """
         recipe, machine = self.recipe, self.machine
         modelled = cost.modelled_rates(machine, recipe, self.net)
-        speed = rate / modelled[recipe.crop_size_at(epochs_done)]
+        speed = samples_per_second / modelled[recipe.crop_size_at(epochs_done)]
         rates = {size: speed * modelled_rate for size, modelled_rate in modelled.items()}
         stage_index, _ = recipe.stage_and_epoch(epochs_done)
         ends = (recipe.first_epoch_of(stage_index + 1), recipe.epochs)
         stage, run = (cost.seconds_at_rates(recipe, self.images, rates, epochs_done, end, self.val) for end in ends)
         if run < SOON:
             return ""
-        words = f"{rate:,.0f} samples/s: stage {stage_index + 1} ends {_clock_time(stage)}"
+        words = f"{samples_per_second:,.0f} samples/s: stage {stage_index + 1} ends {_clock_time(stage)}"
         words += f", the run {_clock_time(run)} (in {duration(run)})" if run > stage else f" (in {duration(stage)})"
         if machine.device.type == "cpu" and run > LONG and recipe.name != CPU.name:
             words += self._advice(speed)
@@ -106,7 +106,7 @@ class Progress:
 
     def _advice(self, speed: float) -> str:
         """What else would do on a CPU, at `speed` times the modelled rates; empty where its network is too large."""
-        recipe = self._on_a_cpu
+        recipe = self._cpu_recipe
         net = build_network(dataclasses.replace(recipe, budget=NO_LIMIT), self.classes)
         if count_parameters(net) > recipe.budget:  # with many classes
             return ""

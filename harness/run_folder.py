@@ -87,7 +87,7 @@ class RunFolder:
         try:
             state, warning = checkpoint.resume(self.folder)
         except checkpoint.Damaged as error:
-            raise RunError(f"{error}; --overwrite starts anew") from error
+            raise RunError(f"{error}; --overwrite starts over") from error
         if warning:
             print(f"warning: {warning}", file=sys.stderr)
         if state is not None:
@@ -98,7 +98,7 @@ class RunFolder:
             except UnknownSettings as error:
                 raise RunError(f"{self.folder / 'last.pt'} has {error}") from error
             except checkpoint.MISMATCH_ERRORS as error:
-                raise RunError(f"{self.folder / 'last.pt'} is no state of a run; --overwrite starts anew") from error
+                raise RunError(f"{self.folder / 'last.pt'} is no state of a run; --overwrite starts over") from error
         elif self.machine.leads:
             ownership.require_no_other(self.folder)
         if self.machine.leads:

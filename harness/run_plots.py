@@ -44,9 +44,10 @@ def curves(
         [recipe.learning_rate(recipe.stages[index], at(epoch)) for index, epoch in points],
         [index + 1 for index, _ in points],
     )
+    val_size = recipe.stage_at(len(rows) - 1).eval_size
     accuracy, losses, rate = (folder / f"{name}.png" for name in ("accuracy", "losses", "learning_rate"))
     drawn = {
-        accuracy: partial(plots.accuracy, accuracy, rows, val_images=val_images, **shared),
+        accuracy: partial(plots.accuracy, accuracy, rows, val_images=val_images, val_size=val_size, **shared),
         losses: partial(plots.losses, losses, rows, **shared),
         rate: partial(plots.learning_rate, rate, *rates, **shared),
     }

@@ -20,7 +20,7 @@ DIGEST_LENGTH = 16  # hexadecimal digits
 
 
 class Teachers:
-    """Networks on the machine, in eval mode; asked about a batch, they give the mean of their softened answers."""
+    """Networks on the machine, in eval mode; they give a batch's soft targets."""
 
     def __init__(self, networks: Sequence[nn.Module], temperature: float, machine: Machine) -> None:
         self.temperature, self.machine = temperature, machine

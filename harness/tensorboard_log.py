@@ -26,7 +26,7 @@ class TensorBoardLog:
         self._writer: SummaryWriter | None = None
 
     def follow(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write the rows that are new since the last call; the first call begins anew, so that no point is doubled."""
+        """Write the rows that are new since the last call; the first call starts over, so that no point is doubled."""
         try:
             if self._writer is None:
                 for old in self._folder.glob(EVENT_FILES):

@@ -111,7 +111,7 @@ def test_both_states_damaged(folder: Path, tiny_run: Path, small_demo, capsys) -
     before = hashes(folder)
     assert continued(folder, tiny_run) == 1
     said = error(capsys)
-    assert "last.pt is damaged" in said and "previous.pt is damaged" in said and "--overwrite starts anew" in said
+    assert "last.pt is damaged" in said and "previous.pt is damaged" in said and "--overwrite starts over" in said
     assert hashes(folder) == before
     assert continued(folder, tiny_run, "--overwrite") == 0
     assert differences(folder, tiny_run) == []
@@ -121,7 +121,7 @@ def test_damaged_with_none_before(folder: Path, tiny_run: Path, small_demo, caps
     (folder / "previous.pt").unlink()
     os.truncate(folder / "last.pt", 0)
     assert continued(folder, tiny_run) == 1
-    assert "--overwrite starts anew" in error(capsys)
+    assert "--overwrite starts over" in error(capsys)
 
 
 def test_only_the_state_before(folder: Path, tiny_run: Path, small_demo, capsys) -> None:
@@ -321,7 +321,7 @@ def test_the_second_stage_alone_from_the_weights_of_the_first(folder: Path, tiny
 
 def test_settings_of_another_version_are_named_and_nothing_is_lost(folder: Path, tiny_run: Path, small_demo, capsys):
     payload = checkpoint.load(folder / "last.pt")
-    checkpoint.save(folder / "last.pt", payload | {"recipe": payload["recipe"] | {"mirrored": False}})
+    checkpoint.save(folder / "last.pt", payload | {"recipe": payload["recipe"] | {"mirrored": True}})
     before = hashes(folder)
     assert continued(folder, tiny_run) == 1
     words = "has settings that this version does not know (mirrored); use the version that wrote them"
@@ -329,6 +329,13 @@ def test_settings_of_another_version_are_named_and_nothing_is_lost(folder: Path,
     with pytest.raises(RunError, match=r"does not know \(mirrored\)"):
         checkpoint.load_network(folder)
     assert hashes(folder) == before
+
+
+def test_a_setting_that_is_gone_is_no_obstacle_where_it_changed_nothing(folder: Path, tiny_run: Path, small_demo):
+    payload = checkpoint.load(folder / "last.pt")
+    checkpoint.save(folder / "last.pt", payload | {"recipe": payload["recipe"] | {"mirrored": False}})
+    assert checkpoint.load_network(folder).recipe == checkpoint.load_network(tiny_run).recipe
+    assert continued(folder, tiny_run) == 0
 
 
 def test_a_setting_without_effect_may_differ(folder: Path, tiny_run: Path, small_demo) -> None:

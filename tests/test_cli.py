@@ -24,6 +24,12 @@ def test_plain_command_is_the_original_recipe():
     assert samples == 35_200_000
 
 
+def test_the_demo_is_not_compiled_unless_asked_for():
+    """It would take longer than the run."""
+    assert parse_train([])[1].compile is None is parse_train(["--recipe", "cpu"])[1].compile
+    assert parse_train(["--demo"])[1].compile is False and parse_train(["--demo", "--compile"])[1].compile is True
+
+
 @pytest.mark.parametrize("settings_class", [Stage, ViewOptions, Recipe, Runtime])
 def test_every_field_with_a_help_text_is_a_flag(settings_class):
     flags = cli.train_parser().format_help()

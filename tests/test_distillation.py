@@ -44,9 +44,9 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_the_loss_written_out(temperature: float) -> None:
     """Σ q · (log q - log p) · T² for p and q proportional to exp(z / T), and its gradient, T · (p - q)."""
     student, first, second = noise(3, 4), noise(3, 4, seed=1), noise(3, 4, seed=2)
-    answers = softened_mean([first, second], temperature)
+    probabilities = softened_mean([first, second], temperature)
     student.requires_grad_(True)
-    losses = distillation_loss(student, answers, temperature)
+    losses = distillation_loss(student, probabilities, temperature)
     losses.sum().backward()
     for row in range(3):
 
@@ -99,10 +99,10 @@ def test_teachers_answer_in_eval_mode_and_stay_as_they_are() -> None:
     made = networks(2)
     states = copy.deepcopy([net.state_dict() for net in made])
     x = noise(8, 3, 32, 32)
-    answers = Teachers([net.train() for net in made], 3.0, PLAIN)(x)
+    probabilities = Teachers([net.train() for net in made], 3.0, PLAIN)(x)
     expected = sum((net.eval()(x) / 3).softmax(1) for net in made) / 2
-    torch.testing.assert_close(answers, expected.detach())
-    assert not answers.requires_grad and answers.dtype == torch.float32
+    torch.testing.assert_close(probabilities, expected.detach())
+    assert not probabilities.requires_grad and probabilities.dtype == torch.float32
     for net, state in zip(made, states, strict=True):
         assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
 
@@ -112,8 +112,8 @@ def test_teachers_calculate_in_the_runs_precision() -> None:
     (net,) = networks(1)
     net.fc.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     for precision in (torch.float32, torch.bfloat16):
-        answers = Teachers([net], 1.0, dataclasses.replace(PLAIN, precision=precision))(noise(2, 3, 32, 32))
-        assert answers.dtype == torch.float32
+        probabilities = Teachers([net], 1.0, dataclasses.replace(PLAIN, precision=precision))(noise(2, 3, 32, 32))
+        assert probabilities.dtype == torch.float32
     assert seen == [torch.float32, torch.bfloat16]
 
 
@@ -140,8 +140,8 @@ def test_a_step_is_the_plainly_written_one() -> None:
         smooth = [F.cross_entropy(logits, y, label_smoothing=0.1 * 10 / 9, reduction="none") for y in batch[1:3]]
         of_labels = batch.own_share * smooth[0] + (1 - batch.own_share) * smooth[1]
         with torch.no_grad():
-            answers = torch.stack([(teacher.eval()(batch.x) / 3).softmax(1) for teacher in made]).mean(0)
-        divergence = (answers * (answers.log() - (logits / 3).log_softmax(1))).sum(1)
+            probabilities = torch.stack([(teacher.eval()(batch.x) / 3).softmax(1) for teacher in made]).mean(0)
+        divergence = (probabilities * (probabilities.log() - (logits / 3).log_softmax(1))).sum(1)
         loss = (0.3 * of_labels + 0.7 * divergence * 9).mean()
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()

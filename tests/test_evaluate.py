@@ -47,6 +47,11 @@ def by_hand(path: Path, size: int, split: str = "val", **options: object) -> tup
     return scoring.logits(trained.model, pixels, size, **options), labels
 
 
+def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Share of correct predictions, from logits (N, K) and labels (N,)."""
+    return (logits.argmax(1) == labels).double().mean().item()
+
+
 def test_the_report_repeats_what_training_measured(tiny_run, tmp_path, capsys):
     for flags, row, selected in (
         (["--best"], max(rows(tiny_run), key=lambda row: row["val_accuracy"]), True),
@@ -97,7 +102,7 @@ def test_accuracy_against_size(tiny_run, tmp_path, capsys, monkeypatch):
     assert run(tiny_run / "last.pt", "--size", 48, 32, 40, 32, "--out", tmp_path) == 0
     (entry,) = read(tmp_path)["networks"]
     assert [result["size"] for result in entry["results"]] == [32, 40, 48]
-    expected = [metrics.accuracy(*by_hand(tiny_run / "last.pt", size)) for size in (32, 40, 48)]
+    expected = [accuracy(*by_hand(tiny_run / "last.pt", size)) for size in (32, 40, 48)]
     assert [result["accuracy"] for result in entry["results"]] == expected
     assert drawn == [("sizes.png", (32, 40, 48), tuple(expected))]
     assert entry["shown"] == 1  # the eval size of the last stage
@@ -126,7 +131,7 @@ def test_several_runs_give_mean_and_deviation(tiny_runs, tmp_path, capsys):
     assert run(*tiny_runs, "--size", 32, 40, "--out", tmp_path) == 0
     found, said = read(tmp_path), capsys.readouterr()
     for place, size in enumerate((32, 40)):
-        accuracies = [metrics.accuracy(*by_hand(folder / "last.pt", size)) for folder in tiny_runs]
+        accuracies = [accuracy(*by_hand(folder / "last.pt", size)) for folder in tiny_runs]
         assert [entry["results"][place]["accuracy"] for entry in found["networks"]] == accuracies
         together = found["over the networks"][place]
         assert together["mean"] == pytest.approx(sum(accuracies) / 2) and together["networks"] == 2
@@ -169,7 +174,7 @@ def test_the_original_protocol(tiny_run, tmp_path, capsys):
     scores, index = scoring.original_logits(trained.model, dataset.images[val], 32, 32)
     (entry,) = read(tmp_path)["networks"]
     (result,) = entry["results"]
-    assert result["accuracy"] == metrics.accuracy(scores, dataset.labels[val][index])
+    assert result["accuracy"] == accuracy(scores, dataset.labels[val][index])
     assert (result["predictions"], result["images"], result["batch"], result["size"]) == (800, 40, 32, 32)
     assert "20 random views of each image, 800 in batches of 32" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"report.json"}

@@ -107,7 +107,7 @@ def train_epoch(trainer: Trainer, epoch: int) -> torch.Tensor:
     images = torch.randint(256, (IMAGES, 3, 40, 40), dtype=torch.uint8, generator=generator)
     draws = draw_epoch(torch.arange(IMAGES), recipe.views_per_image, STAGE.batch, recipe.augmentation, (epoch,))
     draws = dataclasses.replace(draws, colour_orders=[(0, 1, 2, 3), (3, 1, 0, 2), (2, 3, 1, 0)] * 100)
-    size = STAGE.crop_size_at(epoch)
+    size = STAGE.crop_size_in(epoch)
     return trainer.train_epoch(images, torch.arange(IMAGES) % 10, draws, STAGE, size, lambda: None).losses
 
 

@@ -31,7 +31,7 @@ def restored():
 @pytest.mark.parametrize("asked", ["auto", "bf16", "fp32"])
 @pytest.mark.parametrize("native", [False, True])
 def test_precision_is_bf16_where_the_hardware_has_it_or_the_user_asks(restored, monkeypatch, asked, native):
-    monkeypatch.setattr(machine_module, "_has_native_bf16", lambda device: native)
+    monkeypatch.setattr(machine_module, "has_native_bf16", lambda device: native)
     bf16 = asked == "bf16" or (asked == "auto" and native)
     machine = start_machine(Runtime(device="cpu", precision=asked, threads=1))
     assert machine == Machine(CPU, torch.bfloat16 if bf16 else torch.float32, compile=False)
@@ -187,7 +187,7 @@ def test_a_containers_share_of_the_cores_is_read(files: dict[str, str], cpus: fl
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
-    assert machine_module._cpu_quota(tmp_path) == cpus
+    assert machine_module.cpu_quota(tmp_path) == cpus
 
 
 @pytest.mark.parametrize("quota, threads", [(None, 8), (2.5, 2), (0.5, 1), (64.0, 8)])
@@ -195,7 +195,7 @@ def test_threads_are_no_more_than_the_container_may_use(quota, threads, monkeypa
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
-    monkeypatch.setattr(machine_module, "_cpu_quota", lambda groups: quota)
+    monkeypatch.setattr(machine_module, "cpu_quota", lambda groups: quota)
     assert machine_module.own_threads.__wrapped__() == threads
     assert machine_module.usable_cores() == (16 if quota is None else max(1, min(16, int(quota))))
     monkeypatch.setenv("OMP_NUM_THREADS", "8")

@@ -9,7 +9,7 @@ import torch
 
 import train
 from augment import draw_epoch, make_batch
-from harness.cli import parse_train, too_few_epochs_for
+from harness.cli import epoch_warnings, parse_train
 from recipes import RECIPES
 
 RECIPE = dataclasses.replace(RECIPES["cpu-long"], mix_until=0.75)
@@ -61,7 +61,7 @@ def test_a_run_ends_unmixed(tmp_path: Path, small_demo, empty_plots, monkeypatch
 )
 def test_a_share_without_effect_is_said(share: float, told: str) -> None:
     recipe = dataclasses.replace(RECIPES["cpu"], augmentation=RECIPE.augmentation, mix_until=share)
-    assert recipe.epochs == 4 and told in (said := "".join(too_few_epochs_for(recipe))) and bool(said) == bool(told)
+    assert recipe.epochs == 4 and told in (said := "".join(epoch_warnings(recipe))) and bool(said) == bool(told)
 
 
 def test_it_needs_mixing(capsys) -> None:

@@ -74,7 +74,7 @@ def test_text_files_take_any_name(tmp_path: Path) -> None:
 
 @pytest.fixture
 def said(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(canvas, "_noted", set())
+    monkeypatch.setattr(canvas, "letters_noted", set())
     return lambda: capsys.readouterr().err
 
 

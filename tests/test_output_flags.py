@@ -76,7 +76,8 @@ def test_an_empty_path_is_a_wrong_flag_and_not_the_current_folder(main, words, e
 @pytest.mark.parametrize("device", ["nosuch", "gpu", "", "mps", "cuda:", "cuda:x", "cuda:-1", "cpu:7", "CPU"])
 def test_a_device_that_cannot_be_is_a_wrong_flag(device: str, tiny_run, picture, capsys) -> None:
     for main, words in ((train.main, ["--demo"]), (predict.main, [tiny_run, picture]), (evaluate.main, [tiny_run])):
-        assert "--device is cpu, cuda" in status_2(main, capsys, *words, f"--device={device}")
+        said = status_2(main, capsys, *words, f"--device={device}")
+        assert "--device is cpu, cuda" in said and ("a Mac's GPU is not supported" in said) == (device == "mps")
 
 
 def test_the_exit_status_tells_what_could_not_be_written(tiny_run, picture, capfd) -> None:

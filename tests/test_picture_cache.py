@@ -160,7 +160,7 @@ def test_an_interruption_costs_nothing_that_was_kept_before(images, opened, monk
     load(images)
     for path in images.glob("*/*.bmp"):
         os.utime(path)  # as after a copy to another disk: all are hashed again
-    really, last = picture_cache._digest, images / "dog" / "1.bmp"
+    really, last = picture_cache.digest_of, images / "dog" / "1.bmp"
 
     def interrupt(path: Path) -> str:
         if path == last:
@@ -168,7 +168,7 @@ def test_an_interruption_costs_nothing_that_was_kept_before(images, opened, monk
         return really(path)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(picture_cache, "_digest", interrupt)
+        patch.setattr(picture_cache, "digest_of", interrupt)
         picture_folder.load(images, 32)
     opened.clear()
     load(images)
@@ -184,7 +184,7 @@ def test_what_is_unchanged_is_not_written_again(images, monkeypatch):
 
 
 def test_what_lacks_memory_is_opened_once_more_alone(images, monkeypatch):
-    really, tried = picture_file._decode, []
+    really, tried = picture_file.decode, []
 
     def scarce(file: Path) -> Image.Image:
         tried.append(file)
@@ -192,7 +192,7 @@ def test_what_lacks_memory_is_opened_once_more_alone(images, monkeypatch):
             raise MemoryError
         return really(file)
 
-    monkeypatch.setattr(picture_file, "_decode", scarce)
+    monkeypatch.setattr(picture_file, "decode", scarce)
     load(images)
     assert len(tried) == 9 and tried[-1] == images / "cat" / "2.bmp"
 
@@ -208,14 +208,14 @@ def test_what_always_lacks_memory_is_named(images, monkeypatch):
 
 def test_unchanged_files_are_not_read(images, monkeypatch):
     load(images)
-    monkeypatch.setattr(picture_cache, "_digest", lambda path: pytest.fail("a picture was read again"))
+    monkeypatch.setattr(picture_cache, "digest_of", lambda path: pytest.fail("a picture was read again"))
     load(images)
 
 
 def test_where_times_do_not_tell_of_changes_all_files_are_hashed(images, opened, monkeypatch):
     """As on Windows, whose files have no time of change."""
     monkeypatch.setattr(picture_cache, "TRUSTS_STATUS", False)
-    monkeypatch.setattr(picture_cache, "_status", lambda path: [1, 2, 3, 4])
+    monkeypatch.setattr(picture_cache, "status_of", lambda path: [1, 2, 3, 4])
     load(images)
     opened.clear()
     _write_over(images)

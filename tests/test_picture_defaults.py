@@ -8,11 +8,11 @@ import torch
 from picture_folders import COLOURS, TINY, draw, fill
 
 import train
-from data import balanced_indices, split_indices
+from data import DataSet, Split, balanced_indices, split_indices
 from harness import checkpoint
 from harness.cli import parse_train
 from harness.errors import RunError
-from harness.picture_defaults import LEAST_BATCH, LEAST_STEPS, MOST_PASSES, fit_batches, fit_views
+from harness.picture_defaults import LEAST_BATCH, LEAST_STEPS, MOST_PASSES, fit_batches, fit_to_folder, fit_views
 from recipes import RECIPES, replace
 
 
@@ -93,6 +93,16 @@ def test_an_epoch_is_a_batch_at_least_and_stages_that_are_skipped_stay():
 @pytest.mark.parametrize("world, batch", [(1, 32), (8, 32), (64, 64), (128, 128)])
 def test_fitted_batches_can_be_shared_equally(world, batch):
     assert fit_batches(fit_views(RECIPES["cpu"], 50), 50, world).stages[0].batch == batch
+
+
+def test_of_very_many_pictures_fewer_epochs_are_the_way(capsys):
+    """One view of each an epoch is the least."""
+    images = torch.zeros(1, dtype=torch.uint8).expand(60_000, 3, 32, 32)
+    dataset = DataSet(images, torch.arange(60_000) % 2, ("leaf", "sky"))
+    train_indices, val = torch.arange(50_000), torch.arange(50_000, 60_000)
+    recipe, runtime = parse_train(["--images", "x"])
+    assert fit_to_folder(recipe, runtime, Split(dataset, train_indices, val)).views_per_image == 1
+    assert "1 view of each picture an epoch, 200,000 in all; --epochs sets fewer\n" in capsys.readouterr().out
 
 
 def test_recipe_views_and_batches_are_chosen_for_pictures_only_and_only_unless_given():

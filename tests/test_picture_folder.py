@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -318,6 +319,17 @@ def test_flags_that_do_not_go_together_are_a_usage_error(flags, told, capsys: py
     with pytest.raises(SystemExit) as ended:
         cli.parse_train(flags)
     assert ended.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_two_classes_take_less_smoothing_than_ten(tmp_path: Path, empty_plots: None, capsys) -> None:
+    images, run = fill(tmp_path / "pictures", 4), tmp_path / "run"
+    shutil.rmtree(images / "apple")
+    line = [*TINY, "--images", str(images), "--out", str(run), "--label-smoothing"]
+    with pytest.raises(SystemExit) as ended:
+        train.main([*line, "0.6"])
+    told = "smoothing over 2 classes is from 0 to 0.5, not 0.6"
+    assert ended.value.code == 2 and told in capsys.readouterr().err and not run.exists()
+    assert train.main([*line, "0.5"]) == 0
 
 
 def test_parameter_budget_holds_unless_it_is_raised(images: Path, empty_plots: None, capsys) -> None:

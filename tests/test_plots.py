@@ -55,7 +55,7 @@ def test_accuracy_shows_the_rows(tmp_path):
     rows = made_up_rows()
     path = tmp_path / "accuracy.png"
     figure = plots.accuracy(
-        path, rows, title="tiny · 96 px", val_images=1000, restarts=[1, 3, 9, 20], stage_names=NAMES
+        path, rows, title="tiny · 96 px", val_images=1000, val_size=112, restarts=[1, 3, 9, 20], stage_names=NAMES
     )
     assert_picture(path, 1200, 675)
     for label, key in (("val", "val_accuracy"), ("train", "train_accuracy")):
@@ -69,14 +69,14 @@ def test_accuracy_shows_the_rows(tmp_path):
     assert marks(figure, 1.2) == [6.5]  # between the stages
     assert marks(figure, 0.6) == [3, 9]  # only the restarts that have been reached
     said = words(figure)
-    for part in ("tiny · 96 px", *NAMES, "last 81.0% (78.5% to 83.3%)", "best 90.0% at epoch 9, selected"):
+    for part in ("tiny · 96 px", *NAMES, "at 112 px: last 81.0% (78.5% to 83.3%)", "best 90.0% at epoch 9, selected"):
         assert part in said
     assert figure.axes[0].yaxis.get_major_formatter()(0.825, None) == "82.5%"
 
 
 def test_accuracy_without_validation(tmp_path):
     rows = [row | {"val_accuracy": None, "val_loss": None} for row in made_up_rows()]
-    figure = plots.accuracy(tmp_path / "accuracy.png", rows, title="tiny", val_images=0)
+    figure = plots.accuracy(tmp_path / "accuracy.png", rows, title="tiny", val_images=0, val_size=96)
     assert "no validation" in words(figure) and "best" not in words(figure)
     assert line(figure, "train").get_ydata().tolist() == column(rows, "train_accuracy")
 
@@ -84,7 +84,7 @@ def test_accuracy_without_validation(tmp_path):
 def test_accuracy_scored_now_and_then_and_a_loss_that_diverged(tmp_path):
     rows = [row | {"val_accuracy": row["val_accuracy"] if row["epoch"] % 3 == 0 else None} for row in made_up_rows()]
     rows[-1]["train_loss"] = float("nan")
-    figure = plots.accuracy(tmp_path / "accuracy.png", rows, title="tiny", val_images=50)
+    figure = plots.accuracy(tmp_path / "accuracy.png", rows, title="tiny", val_images=50, val_size=96)
     assert line(figure, "val").get_xdata().tolist() == [3, 6, 9]
     figure = plots.losses(tmp_path / "losses.png", rows, title="tiny")
     assert line(figure, "train").get_ydata().tolist() == column(rows[:-1], "train_loss")
@@ -93,7 +93,7 @@ def test_accuracy_scored_now_and_then_and_a_loss_that_diverged(tmp_path):
 def test_one_epoch_and_none(tmp_path):
     path = tmp_path / "plot.png"
     for rows in (made_up_rows(1, 0), []):
-        plots.accuracy(path, rows, title="tiny", val_images=10, restarts=[1, 2], stage_names=NAMES)
+        plots.accuracy(path, rows, title="tiny", val_images=10, val_size=96, restarts=[1, 2], stage_names=NAMES)
         assert_picture(path, 1200, 675)
         plots.losses(path, rows, title="tiny", stage_names=NAMES)
         assert_picture(path, 1200, 675)

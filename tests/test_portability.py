@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from data import FOLDER
 
@@ -121,3 +122,12 @@ def test_a_run_goes_from_drawing_to_plots_without_the_modules_of_posix(tmp_path:
     done = python("-c", WITHOUT_POSIX + SCRIPT, "train.py", *TINY, "--data-dir", tmp_path, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "accuracy.png").exists() and (tmp_path / "demo" / FOLDER).exists()
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
+    for command, flags in {
+        "evaluate": [],
+        "predict": [tmp_path / "red.png", "--sheet", tmp_path / "sheet.png"],
+        "export": ["--format", "weights", "--out", tmp_path / "export"],
+        "compare": [],
+    }.items():
+        done = python("-c", WITHOUT_POSIX + SCRIPT, f"{command}.py", tmp_path / "run", *flags)
+        assert done.returncode == 0, done.stderr

@@ -71,7 +71,7 @@ def test_stages_follow_each_other():
 @pytest.mark.parametrize("epochs, sizes, expected", [(6, (48, 64, 80), [48, 48, 64, 64, 80, 80]), (3, (70,), [70] * 3)])
 def test_crop_sizes_share_a_stage(epochs, sizes, expected):
     stage = Stage(epochs, sizes, 96, 64, 0.1)
-    assert [stage.crop_size_at(epoch) for epoch in range(epochs)] == expected
+    assert [stage.crop_size_in(epoch) for epoch in range(epochs)] == expected
     recipe = dataclasses.replace(RECIPES["original"], stages=(Stage(1, (32,), 32, 4, 0.1), stage))
     assert [recipe.crop_size_at(done) for done in range(1 + epochs)] == [32, *expected]
 

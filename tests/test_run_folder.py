@@ -225,7 +225,7 @@ def test_a_run_from_another_machine_looks_where_train_does(run: Path, tmp_path: 
 def test_crop_sizes_that_no_epoch_has(epochs: int, sizes: tuple, unused: tuple) -> None:
     stage = Stage(epochs, sizes, 32, 8, 0.1)
     assert stage.unused_crop_sizes == unused
-    assert {stage.crop_size_at(epoch) for epoch in range(epochs)} == set(sizes if epochs else ()) - set(unused)
+    assert {stage.crop_size_in(epoch) for epoch in range(epochs)} == set(sizes if epochs else ()) - set(unused)
 
 
 def test_too_few_epochs_for_the_crop_sizes_are_said(tmp_path: Path, small_demo, empty_plots, capsys) -> None:

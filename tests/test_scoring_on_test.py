@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_evaluate import by_hand, read, run
+from test_evaluate import accuracy, by_hand, read, run
 
 import data
-from harness import checkpoint, download, metrics, scoring_ledger
+from harness import checkpoint, download, scoring_ledger
 from harness.errors import RunError
 
 pytestmark = pytest.mark.usefixtures("small_demo", "empty_plots")
@@ -17,7 +17,8 @@ pytestmark = pytest.mark.usefixtures("small_demo", "empty_plots")
 
 def test_scoring_on_test_is_counted(tiny_run, altered, capsys):
     folder = altered(seed=5)
-    accuracy = metrics.accuracy(*by_hand(folder / "last.pt", size := checkpoint.load_network(folder).eval_size, "test"))
+    size = checkpoint.load_network(folder).eval_size
+    expected = accuracy(*by_hand(folder / "last.pt", size, "test"))
     for times in (1, 2, 3):
         assert run(folder, "--split", "test") == 0
         said = capsys.readouterr()
@@ -27,7 +28,7 @@ def test_scoring_on_test_is_counted(tiny_run, altered, capsys):
             assert "2 times before" in said.err
         scorings = json.loads((folder / scoring_ledger.FILE).read_text())
         assert len(scorings) == times
-        facts = {"accuracy": accuracy, "size": size, "tta": "none", "ensemble_of": 1}
+        facts = {"accuracy": expected, "size": size, "tta": "none", "ensemble_of": 1}
         assert facts.items() <= scorings[-1].items()
         assert scorings[-1]["checkpoint"] == str(folder / "last.pt") and len(scorings[-1]["sha256"]) == 64
     assert read(folder / "evaluation-test")["networks"][0]["results"][0]["accuracy"] == accuracy
