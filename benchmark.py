@@ -231,7 +231,8 @@ def points(recipe: Recipe, size: int | None = None, batch: int | None = None) ->
 
 def measure(job: Job, turns: int) -> dict[str, Any]:
     """Everything about one job, as plain values."""
-    with contextlib.ExitStack() as stack:
+    needs = f"both sides, with batches of {job.batch} at {job.size} px; give a smaller --batch or --size"
+    with errors.memory_reported(lambda: needs), contextlib.ExitStack() as stack:
         sides = [stack.enter_context(Process(kind, job)) for kind in (Baseline, ThisProject)]
         settling = {name: side.settle() for name, side in zip(SIDES, sides, strict=True)}
         rows = [take_turns("views by one core", sides, turns, "views", 1)]

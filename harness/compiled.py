@@ -1,5 +1,6 @@
 """A network in the form that training steps take: compiled, or eager if compiling fails."""
 
+import gc
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -49,6 +50,8 @@ class CompiledForm(nn.Module):
                 buffer.copy_(value)
             self.net.zero_grad()
             self.machine.note(f"compiling the step failed, so it goes on uncompiled, slower: {reason(error)}")
-            return step()
-        self._compiled_for.add(shape)
-        return result
+        else:
+            self._compiled_for.add(shape)
+            return result
+        gc.collect()  # a compiler's exception may hold what the failed step left: no graph could be captured over it
+        return step()

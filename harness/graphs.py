@@ -37,7 +37,10 @@ class Graphs:
         """Drop all graphs, and with them their memory."""
         self._graphs: dict[Hashable, _Graph] = {}
         self._calls: dict[Hashable, int] = {}
+        # Memory and a stream of their own: the default stream of captures has one workspace for all, which graphs of
+        # another run in this process would take along when they go.
         self._pool: Any = None
+        self._stream: Any = None
 
     def keep_only(self, size: int) -> None:
         """Drop the graphs of another size of views."""
@@ -59,8 +62,9 @@ class Graphs:
             return function(*tensors, *constants)
         stream = torch.cuda.current_stream()
         try:
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            self._graphs[key] = _Graph(function, tensors, constants, self._pool)
+            if self._pool is None:
+                self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            self._graphs[key] = _Graph(function, tensors, constants, self._pool, self._stream)
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # or the capture's would stay the current one
             _stop_recording(self._pool)
@@ -98,11 +102,13 @@ def _stop_recording(pool: Any) -> None:
 class _Graph:
     """One captured call: `replay` copies its inputs to where the graph reads them, and gives what it computes."""
 
-    def __init__(self, function: Callable[..., Any], tensors: tuple[Tensor, ...], constants: tuple, pool: Any) -> None:
+    def __init__(
+        self, function: Callable[..., Any], tensors: tuple[Tensor, ...], constants: tuple, pool: Any, stream: Any
+    ) -> None:
         self.inputs = [tensor.clone() for tensor in tensors]
         self.graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(self.graph, pool=pool):
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream):
             self.outputs = function(*self.inputs, *constants)
 
     def replay(self, tensors: tuple[Tensor, ...]) -> Any:

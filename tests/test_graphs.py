@@ -76,7 +76,7 @@ class RecordedGraph:
 
 
 @contextlib.contextmanager
-def capture(graph: RecordedGraph, pool: Any) -> Iterator[None]:
+def capture(graph: RecordedGraph, pool: Any, stream: Any) -> Iterator[None]:
     with Recording() as recording:
         yield
     with torch.no_grad():
@@ -89,6 +89,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: "a new one")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the usual one")
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)

@@ -1,14 +1,19 @@
-"""The four lines for a notebook, in a real kernel: what a cell starts, prints and shows."""
+"""The README's lines for a notebook, in a real kernel: what a cell starts, prints and shows."""
 
 import shlex
 import sys
 from pathlib import Path
 
 import pytest
+from picture_folders import TINY, fill
 
 PROJECT = Path(__file__).parents[1]
 PYTHON = shlex.quote(sys.executable)
-TINY = "--demo --epochs 2 1 --crop-size 32 32 --eval-size 32 40 --batch 32 32 --planes 4 4 8 --threads 1"
+
+
+def lines_for_colab() -> list[str]:
+    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+    return text[text.index("from google.colab") :].split("\n```")[0].split("\n")
 
 
 def rendered(line: str) -> str:
@@ -17,25 +22,35 @@ def rendered(line: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_cell_trains_and_shows_the_plot(tmp_path: Path):
+def test_the_readmes_cells_train_and_show_the_plot(tmp_path: Path):
+    """But for Drive, the network and the size of the run they are as they stand there; the second time they go on."""
     pytest.importorskip("ipykernel")
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    mount, clone, *lines = lines_for_colab()
+    assert mount.endswith('drive.mount("/content/drive")') and clone.startswith("!git clone ADDRESS_OF_THIS_REPOSITORY")
+    fill(tmp_path / "drive" / "MyDrive" / "flowers", 5)
+    (tmp_path / "stl10").symlink_to(PROJECT)
+    lines = [line.replace("/content", str(tmp_path)).replace("python3", PYTHON) for line in lines]
+    copying, training, showing = (line.replace("--images", f"{' '.join(TINY)} --images") for line in lines)
     cells = [
         "import os; print(os.environ['MPLBACKEND'])",
-        f"%cd {PROJECT}",
-        f"!{PYTHON} train.py {TINY} --data-dir {tmp_path} --out {tmp_path / 'drive' / 'run'}",
-        f"from IPython.display import Image; Image('{tmp_path / 'drive' / 'run' / 'accuracy.png'}')",
-        f"!{PYTHON} evaluate.py {tmp_path / 'drive' / 'run'}",
-        "%matplotlib inline\nimport harness.plots, matplotlib; matplotlib.get_backend()",
+        copying,
+        training,
+        showing,
+        f"!cd stl10 && {PYTHON} evaluate.py {tmp_path}/drive/MyDrive/flowers-run --out {tmp_path}/evaluation",
+        training,
+        "%cd stl10\n%matplotlib inline\nimport harness.plots, matplotlib; matplotlib.get_backend()",
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
-    backend, _, training, picture, evaluation, present = (cell.outputs for cell in notebook.cells)
+    where = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
+    backend, _, trained, picture, evaluation, again, present = (cell.outputs for cell in notebook.cells)
     assert "inline" in backend[0].text  # which the commands inherit
-    shown = [rendered(line) for line in "".join(output.text for output in training).split("\n")]
+    shown = [rendered(line) for line in "".join(output.text for output in trained).split("\n")]
     epochs = [line for line in shown if line.startswith("epoch ")]
-    assert [line.split()[1] for line in epochs] == ["1/3", "2/3", "3/3"] and all("val loss" in line for line in epochs)
+    assert [line.split()[1] for line in epochs] == ["1/2", "2/2"] and all("val loss" in line for line in epochs)
     assert len(shown) < 20
     assert "image/png" in picture[0].data
     assert "accuracy" in "".join(output.text for output in evaluation)
-    assert "inline" in present[-1].data["text/plain"]  # plots of one's own still go into the notebook
+    assert "this run is finished" in "".join(output.text for output in again)
+    assert "inline" in present[-1].data["text/plain"]  # the user's own plots still go into the notebook
