@@ -49,7 +49,7 @@ def softened_mean(logits: Sequence[Tensor], temperature: float) -> Tensor:
 def distillation_loss(logits: Tensor, soft_targets: Tensor, temperature: float) -> Tensor:
     """KL(soft targets ‖ softmax(logits / temperature)) · temperature², one loss a sample, (B,): arXiv 1503.02531.
 
-    float logits (B, K) of the student; `soft_targets` (B, K) are probabilities softened alike (see `softened_mean`).
+    `logits`: the student's, float (B, K); `soft_targets` (B, K) are probabilities softened alike (see `softened_mean`).
     The gradient is temperature · (the student's softened probabilities − soft targets): the square keeps it of one size
     at all temperatures.
     """

@@ -22,7 +22,7 @@ TTA_HELP = "test-time augmentation; predictions are averaged over: " + "; ".join
 NO_LIMIT = 10**12  # parameters: a budget that holds nothing back
 MOST_VIEWS = 10_000
 OLD_NAMES = {"view": "augmentation", "views": "views_per_image"}  # of checkpoints of format 1
-RETIRED = {"mirrored": False}  # settings of older versions, with the value that meant what is now the only way
+RETIRED = {"mirrored": False}  # settings of older versions, each with the value that is today's behaviour
 
 
 class UnknownSettings(ValueError):

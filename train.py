@@ -185,8 +185,8 @@ class Trainer:
             torch.manual_seed(recipe.seed)
             self.net = build_network(recipe, classes)
         self.net.to(machine.device, memory_format=torch.channels_last)
-        # What a step trains shares net's weights: the network with padded channels (on a CPU) or compiled (on a GPU),
-        # wrapped so that gradients are averaged over processes.
+        # What a step trains shares net's weights: the network as it is, compiled, or (on a CPU, uncompiled) with padded
+        # channels; and around that what averages gradients over processes.
         pads = machine.device.type == "cpu" and not machine.compile
         padded = with_padded_channels(self.net, recipe, classes) if pads else self.net
         self.form = CompiledForm(padded, machine)

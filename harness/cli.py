@@ -40,7 +40,9 @@ class Runtime:
         "auto",
         choices=("auto", "bf16", "fp16", "fp32"),
     )
-    compile: bool | None = option("compile the training step, and capture it on CUDA (default: on CUDA)", None)
+    compile: bool | None = option(
+        "compile the training step, and capture it on CUDA (default: on CUDA, but for the demo)", None
+    )
     deterministic: bool = option("the same bits again on CUDA, at some cost in speed (a CPU needs no flag)", False)
     max_minutes: float = option("stop at the last epoch end within this time; 0 is no limit", 0.0, low=0.0, high=1e6)
     overwrite: bool = option("start over in a run folder that holds a run", False)
@@ -167,7 +169,7 @@ def parse_train(argv: list[str] | None = None) -> tuple[Recipe, Runtime]:
     if demo and name not in (None, "demo"):
         parser.error(f"--demo and --recipe {name} exclude each other")
     recipe = RECIPES["demo" if demo else name or ("cpu" if "images" in args else "original")]
-    if demo:
+    if recipe.name == "demo" and "images" not in args:
         args.setdefault("compile", False)  # which would take longer than the run
     chosen = [] if name else ["recipe"]
     chosen += [] if "views_per_image" in args else ["views"]

@@ -112,7 +112,7 @@ def _replace(target: Path, temporary: Path, keep: Path | None) -> None:
 
 
 def rename(path: Path, target: Path) -> None:
-    """Give a file another name, whose own file it replaces; on Windows, try again while a program has it open."""
+    """Rename a file, replacing what has the new name; on Windows, try again while a program has one of them open."""
     for pause in PAUSES:
         try:
             return os.replace(path, target)

@@ -30,7 +30,7 @@ def fit_to_folder(recipe: Recipe, runtime: Runtime, split: Split) -> Recipe:
         recipe = fit_views(recipe, len(train))
         views = recipe.views_per_image
         in_all = recipe.epochs * views * len(train)
-        way = "--epochs sets fewer" if views == 1 else "--views sets another number"
+        way = "--views sets more, --epochs fewer" if views == 1 else "--views sets another number"
         print(f"{counted(views, 'view')} of each picture an epoch, {in_all:,} in all; {way}")
     if "batch" in runtime.by_default:
         usual, recipe = recipe, fit_batches(recipe, len(train), distributed.world_size())

@@ -21,7 +21,7 @@ Entry = dict[str, Any]
 
 
 class Evaluation(NamedTuple):
-    """What `entry` says of a network or an ensemble; and of each size which predictions are correct, bool (n,), CPU."""
+    """What `entry` says of a network or an ensemble; for each size, which predictions are correct: bool (n,), CPU."""
 
     entry: Entry
     right: list[Tensor]

@@ -27,7 +27,9 @@ def test_plain_command_is_the_original_recipe():
 def test_the_demo_is_not_compiled_unless_asked_for():
     """It would take longer than the run."""
     assert parse_train([])[1].compile is None is parse_train(["--recipe", "cpu"])[1].compile
-    assert parse_train(["--demo"])[1].compile is False and parse_train(["--demo", "--compile"])[1].compile is True
+    for demo in (["--demo"], ["--recipe", "demo"]):
+        assert parse_train(demo)[1].compile is False and parse_train([*demo, "--compile"])[1].compile is True
+    assert parse_train(["--recipe", "demo", "--images", "x"])[1].compile is None
 
 
 @pytest.mark.parametrize("settings_class", [Stage, ViewOptions, Recipe, Runtime])

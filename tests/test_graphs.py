@@ -160,7 +160,7 @@ def test_a_new_stage_is_learnt_by_its_own_optimiser_and_rates(recorded: None):
 
 def test_a_step_that_cannot_be_captured_goes_on_without_a_graph(monkeypatch: pytest.MonkeyPatch, recorded: None):
     @contextlib.contextmanager
-    def refused(graph: Any, pool: Any) -> Iterator[None]:
+    def refused(graph: Any, pool: Any, stream: Any) -> Iterator[None]:
         raise RuntimeError("operation not permitted when stream is capturing")
         yield
 
@@ -180,14 +180,14 @@ def test_a_failed_capture_costs_no_other_and_tells_its_cause(
     streams, pools = ["the usual one"], iter(range(9))
 
     @contextlib.contextmanager
-    def ends_badly(graph: Any, pool: Any) -> Iterator[None]:
+    def ends_badly(graph: Any, pool: Any, stream: Any) -> Iterator[None]:
         if pool == 0:
             streams.append("the capture's")
             try:
                 raise RuntimeError("x.item() cannot be captured")
             finally:
                 raise RuntimeError(what)
-        with capture(graph, pool):
+        with capture(graph, pool, stream):
             yield
 
     monkeypatch.setattr(torch.cuda, "graph", ends_badly)

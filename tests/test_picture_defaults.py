@@ -102,7 +102,10 @@ def test_of_very_many_pictures_fewer_epochs_are_the_way(capsys):
     train_indices, val = torch.arange(50_000), torch.arange(50_000, 60_000)
     recipe, runtime = parse_train(["--images", "x"])
     assert fit_to_folder(recipe, runtime, Split(dataset, train_indices, val)).views_per_image == 1
-    assert "1 view of each picture an epoch, 200,000 in all; --epochs sets fewer\n" in capsys.readouterr().out
+    assert (
+        "1 view of each picture an epoch, 200,000 in all; --views sets more, --epochs fewer\n"
+        in capsys.readouterr().out
+    )
 
 
 def test_recipe_views_and_batches_are_chosen_for_pictures_only_and_only_unless_given():

@@ -322,7 +322,7 @@ def test_flags_that_do_not_go_together_are_a_usage_error(flags, told, capsys: py
 
 
 def test_two_classes_take_less_smoothing_than_ten(tmp_path: Path, empty_plots: None, capsys) -> None:
-    images, run = fill(tmp_path / "pictures", 4), tmp_path / "run"
+    images, run = fill(tmp_path / "pictures", 6), tmp_path / "run"
     shutil.rmtree(images / "apple")
     line = [*TINY, "--images", str(images), "--out", str(run), "--label-smoothing"]
     with pytest.raises(SystemExit) as ended:

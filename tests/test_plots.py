@@ -99,7 +99,7 @@ def test_one_epoch_and_none(tmp_path):
         assert_picture(path, 1200, 675)
         plots.comparison(path, {"one": rows}, title="runs")
         assert_picture(path, 1200, 675)
-    figure = plots.accuracy(path, made_up_rows(1, 0), title="tiny", val_images=10)
+    figure = plots.accuracy(path, made_up_rows(1, 0), title="tiny", val_images=10, val_size=96)
     low, high = wilson(1, 10)
     assert figure.axes[0].collections[0].get_segments()[0][:, 1].tolist() == pytest.approx([low, high])
 

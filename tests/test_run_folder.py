@@ -97,9 +97,10 @@ def test_a_finished_runs_summary_names_the_machine_that_trained_it(run: Path) ->
 def test_intervals_and_restarts_are_those_of_the_run(
     tmp_path: Path, small_demo, empty_plots, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    """Forty validation images; cycles of 1, 2 … epochs, anew in each stage."""
+    """Forty validation images, at the second stage's 40 px; cycles of 1, 2 … epochs in each stage."""
     drawn = []
-    monkeypatch.setattr(plots, "accuracy", lambda path, rows, **how: drawn.append((how["val_images"], how["restarts"])))
+    keys = ("val_images", "val_size", "restarts")
+    monkeypatch.setattr(plots, "accuracy", lambda path, rows, **how: drawn.append([how[key] for key in keys]))
     assert trained(tmp_path / "run", "--epochs", 3, 2, "--cycle", 1) == 0
     said, summary = capsys.readouterr().out, json.loads((tmp_path / "run" / "summary.json").read_text())
     for key in ("last", "best, selected on these images"):
@@ -107,7 +108,7 @@ def test_intervals_and_restarts_are_those_of_the_run(
         bounds = list(wilson(round(40 * found["val_accuracy"]), 40))
         assert found["interval_95"] == bounds
         assert f"(epoch {found['epoch']}, 95 % interval {bounds[0]:.1%} to {bounds[1]:.1%})" in said
-    assert summary["finished"] and drawn[-1] == (40, [1, 4])
+    assert summary["finished"] and drawn[-1] == [40, 40, [1, 4]]
 
 
 def test_notes_outlive_the_process_that_made_them(tmp_path: Path, small_demo, empty_plots) -> None:

@@ -31,7 +31,7 @@ def test_scoring_on_test_is_counted(tiny_run, altered, capsys):
         facts = {"accuracy": expected, "size": size, "tta": "none", "ensemble_of": 1}
         assert facts.items() <= scorings[-1].items()
         assert scorings[-1]["checkpoint"] == str(folder / "last.pt") and len(scorings[-1]["sha256"]) == 64
-    assert read(folder / "evaluation-test")["networks"][0]["results"][0]["accuracy"] == accuracy
+    assert read(folder / "evaluation-test")["networks"][0]["results"][0]["accuracy"] == expected
 
 
 def test_a_broken_count_is_not_passed_over(altered, capsys):
