@@ -162,8 +162,8 @@ class ResNet(nn.Module):
 class WideGroup(nn.Module):
     """A 3×3 convolution and a max-pool; then `layers` 3×3 convolutions with a shortcut around them.
 
-    Each convolution has a BatchNorm and a LeakyReLU behind it. Maps (N, inplanes, H, W) to (N, planes, H/2, W/2), halves
-    rounded down; without `pool` to (N, planes, H, W).
+    Each convolution has a BatchNorm and a LeakyReLU behind it. Maps (N, inplanes, H, W) to (N, planes, H/2, W/2),
+    halves rounded down; without `pool` to (N, planes, H, W).
     """
 
     def __init__(self, inplanes: int, planes: int, layers: int, pool: bool = True) -> None:
