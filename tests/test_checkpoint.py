@@ -400,3 +400,25 @@ def test_nothing_else_unpickles() -> None:
         text = path.read_text(encoding="utf-8").replace(".eval(", "").replace("_eval(", "")
         assert not [word for word in words if word in text], path.name
         assert text.count("torch.load(") == text.count("weights_only=True)"), path.name
+
+
+def test_a_compressed_archive_is_not_unpacked(folder: Path) -> None:
+    """A few kilobytes could hold gigabytes of zeros."""
+    path = folder / "best.pt"
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    refused(path, "is compressed", Damaged)
+
+
+def test_a_run_from_a_card_continues_without_one(folder: Path, tiny_run: Path, small_demo, monkeypatch) -> None:
+    """Its tensors lie under the card's name in the file."""
+    payload = checkpoint.load(folder / "previous.pt")
+    (folder / "previous.pt").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save(payload, folder / "last.pt")
+    assert continued(folder, tiny_run) == 0
+    assert differences(folder, tiny_run) == []

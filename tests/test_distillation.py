@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import hashlib
 import math
 import re
 import shutil
@@ -295,3 +296,11 @@ def test_flags(capsys) -> None:
         with pytest.raises(SystemExit) as stop:
             parse_train([flag, "1"])
         assert stop.value.code == 2 and f"{flag} is of no use without --teacher" in capsys.readouterr().err
+
+
+def test_a_teachers_digest_written_out(tiny_run: Path) -> None:
+    """By another, each distilled run begun before would be refused."""
+    network, content = checkpoint.load_network(tiny_run), b""
+    for name, value in network.model.state_dict().items():
+        content += f"{name} {tuple(value.shape)} ".encode() + value.contiguous().numpy().tobytes()
+    assert digest(network) == hashlib.sha256(content).hexdigest()[:16]

@@ -262,3 +262,29 @@ def test_torchrun(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 1/1") == 1 and "Traceback" not in done.stderr
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+def _decide_alone(rank: int) -> None:
+    distributed.join(torch.device("cpu"))
+    alone = [torch.distributed.new_group([each], backend="gloo") for each in range(2)]
+    distributed._decisions = alone[rank]
+    assert distributed.sum_over_ranks(torch.ones(1)).item() == 1
+    assert distributed.max_over_ranks(rank) == rank
+
+
+def test_decisions_travel_in_a_group_of_their_own() -> None:
+    """The other one is NCCL's on CUDA, which takes no tensors of the CPU."""
+    assert together(2, _decide_alone) == [0, 0]
+
+
+def _find_what_the_leader_made(rank: int, folder: Path) -> None:
+    distributed.join(torch.device("cpu"))
+    with distributed.leader_first():
+        if rank:
+            assert (folder / "made").exists()
+        else:
+            (folder / "made").touch()
+
+
+def test_the_leader_goes_first(tmp_path: Path) -> None:
+    assert together(2, _find_what_the_leader_made, tmp_path) == [0, 0]

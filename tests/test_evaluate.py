@@ -312,3 +312,34 @@ def test_the_weights_of_a_stage_are_not_called_the_last_epochs(tiny_run, tmp_pat
     assert run(tiny_run / "stage1.pt", "--out", tmp_path) == 0
     said = capsys.readouterr().out
     assert "these images did not select the network\n" in said and "is of epoch 3 of 4, not of the last" in said
+
+
+def test_images_are_scored_in_the_machines_precision(tiny_run, tmp_path):
+    assert evaluate.main([str(tiny_run), "--threads", "1", "--precision", "bf16", "--out", str(tmp_path)]) == 0
+    (result,) = read(tmp_path)["networks"][0]["results"]
+    low, full = (
+        torch.nn.functional.cross_entropy(*by_hand(tiny_run / "last.pt", 40, precision=precision)).item()
+        for precision in (torch.bfloat16, None)
+    )
+    assert result["loss"] == pytest.approx(low, rel=1e-6) and result["loss"] != pytest.approx(full, rel=1e-6)
+
+
+def test_the_original_protocol_at_another_size(tiny_run, tmp_path):
+    assert run(tiny_run, "--protocol", "original", "--size", 48, "--out", tmp_path) == 0
+    trained = checkpoint.load_network(tiny_run / "last.pt")
+    dataset, _, val = load_for_network(trained, recorded_source(tiny_run), fetch=False)
+    scores, index = scoring.original_logits(trained.model, dataset.images[val], 48, 32)
+    (result,) = read(tmp_path)["networks"][0]["results"]
+    assert (result["size"], result["accuracy"]) == (48, accuracy(scores, dataset.labels[val][index]))
+
+
+def test_the_pictures_are_of_the_size_that_is_shown(tiny_run, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "reliability", lambda path, *bins, **how: drawn.append((bins, how)))
+    assert run(tiny_run, "--size", 32, 40, 48, "--out", tmp_path) == 0
+    scores, labels = by_hand(tiny_run / "last.pt", 40)
+    ((bins, how),) = drawn
+    for found, expected in zip(bins, metrics.reliability(scores.softmax(1), labels), strict=True):
+        np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5)
+    assert how["title"].endswith("at 40 px")
+    assert how["error"] == pytest.approx(metrics.calibration_error(scores.softmax(1), labels))

@@ -233,3 +233,16 @@ def test_nothing_is_fetched_to_compare_on(tmp_path: Path, monkeypatch: pytest.Mo
     trained = checkpoint.load_network(tmp_path / "a.pt")
     assert "drawn by the program" in export.sample(trained, Source(tmp_path / "data", None), False)[1]
     assert not (tmp_path / "data").exists()
+
+
+def test_a_network_of_all_images_is_compared_on_those(tmp_path: Path) -> None:
+    pictures = fill(tmp_path / "pictures", 5)
+    recipe = recipes.replace(recipes.RECIPES["demo"], {"planes": (2, 2, 2), "image_size": 40, "train_on": "all"})
+    split = load_images(recipe, tmp_path, pictures)
+    payload = {"kind": "weights", "recipe": recipe.as_dict(), "classes": list(split.dataset.classes), "eval_size": 64}
+    state = recipes.build_network(recipe, 3).state_dict()
+    payload |= {"images": fingerprint(split), "epoch": 7, "model": state}
+    checkpoint.save(tmp_path / "all.pt", payload)
+    trained = checkpoint.load_network(tmp_path / "all.pt")
+    images, origin = export.sample(trained, Source(tmp_path, pictures), True)
+    assert torch.equal(images, split.dataset.images[:8]) and origin == "training images of the run"

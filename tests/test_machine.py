@@ -200,3 +200,24 @@ def test_threads_are_no_more_than_the_container_may_use(quota, threads, monkeypa
     assert machine_module.usable_cores() == (16 if quota is None else max(1, min(16, int(quota))))
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     assert machine_module.own_threads.__wrapped__() == 8
+
+
+@pytest.mark.parametrize("world, place, card", [(1, (0, 1), 0), (4, (3, 4), 1)])
+def test_each_process_has_the_card_of_its_place_on_its_machine(world, place, card, restored, monkeypatch):
+    """Several capture no graphs, which could not wait for each other's gradients."""
+    for name, value in {"RANK": 3, "WORLD_SIZE": world, "LOCAL_RANK": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    for name in ("benchmark", "allow_tf32"):  # put back afterwards
+        monkeypatch.setattr(torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    current, joined = [], []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(machine_module.distributed, "join", joined.append)
+    monkeypatch.setattr(machine_module, "_try_kernel", lambda device: None)
+    monkeypatch.setattr(machine_module, "_obstacle_to_compiling", lambda device: "")
+    monkeypatch.setattr(machine_module, "has_native_bf16", lambda device: True)
+    machine = start_machine(Runtime(device="cuda", threads=1))
+    assert current == joined == [machine.device] == [torch.device("cuda", card)]
+    assert (machine.rank, machine.world) == place
+    assert machine.compile and machine.graphs == (world == 1)

@@ -144,3 +144,25 @@ def test_usage(flags: str, complaint: str, tiny_runs, capsys) -> None:
     words = flags.replace("{a}", first).replace("{b}", second).split()
     assert run(first, *words) == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_views_are_not_images_to_compare_networks_by(tiny_runs, tmp_path, capsys) -> None:
+    assert run(*tiny_runs[:2], "--protocol", "original", "--out", tmp_path) == 0
+    assert "pairs" not in read(tmp_path) and "McNemar" not in capsys.readouterr().out
+
+
+def test_the_table_says_which_figure_and_which_side_is_which() -> None:
+    def entry(name: str, accuracy: float) -> dict:
+        result = {"size": 40, "tta": "none", "accuracy": accuracy, "interval_95": [0.1, 0.9], "loss": 1.5}
+        result |= {"calibration_error": 0.25, "per_class": {}}
+        return {"name": name, "members": [1], "notes": [], "shown": 0, "results": [result]}
+
+    sides = [entry("a", 0.5), entry("b", 0.7)], [entry("c", 0.2), entry("d", 0.4)]
+    lines = report.text(*sides).splitlines()
+    assert lines[0].split() == "network size tta accuracy 95% interval loss calibration error".split()
+    assert lines[1].split() == "a 40 none 50.0% 10.0% to 90.0% 1.500 25.0%".split()
+    means = "(mean and standard deviation of 2 networks"
+    assert lines[5:] == [
+        f"accuracy 60.0% ± 14.1% at 40 px {means} before --against)",
+        f"accuracy 30.0% ± 14.1% at 40 px {means} behind it)",
+    ]

@@ -371,3 +371,10 @@ def test_fold_trains_on_its_images_and_validates_on_the_others(tmp_path: Path, e
     path.unlink()
     with pytest.raises(RunError, match=f"the official folds need {path}, which is missing.*put it there"):
         train.main([*command, "--fold", "0"])
+
+
+def test_the_digest_of_pictures_written_out(images: Path) -> None:
+    """By another, each run on such a folder begun before would be refused as one on other pictures."""
+    found = picture_folder.load(images, 32)
+    content = found.images.numpy().tobytes() + found.labels.numpy().astype("<i8").tobytes()
+    assert found.digest == hashlib.sha256(content).hexdigest()

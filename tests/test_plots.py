@@ -4,9 +4,10 @@ import torch
 from matplotlib.text import Text
 from PIL import Image
 
-from harness import plots
+from harness import plots, run_plots
 from harness.errors import RunError
 from harness.metrics import wilson
+from recipes import RECIPES
 
 NAMES = ["70 px crops", "120 px crops"]
 
@@ -181,6 +182,9 @@ def test_reliability(tmp_path):
     assert_picture(tmp_path / "r.png", 1200)
     assert [bar.get_height() for bar in figure.axes[0].patches] == [0, 0.75, 0.25]
     assert line(figure, "network").get_xdata().tolist() == [0.5, 0.9]
+    assert line(figure, "network").get_ydata().tolist() == [0.4, 1.0]
+    centres = [bar.get_x() + bar.get_width() / 2 for bar in figure.axes[0].patches]
+    assert centres == pytest.approx([1 / 6, 1 / 2, 5 / 6])
     assert "expected calibration error 10.0% over 40 images" in words(figure)
 
 
@@ -250,3 +254,12 @@ def test_the_same_rows_give_the_same_file(tmp_path):
     for name in ("first.png", "second.png"):
         plots.losses(tmp_path / name, made_up_rows(), title="tiny")
     assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
+
+
+def test_stages_are_named_above_their_own_parts(tmp_path):
+    """The original's: 300 epochs of 70 px, 140 of 120; rates at eighths of epochs, from 0."""
+    drawn = run_plots.curves(tmp_path, "tiny", RECIPES["original"], made_up_rows(), 1000)
+    figures = {path.stem: draw() for path, draw in drawn.items()}
+    for name, ends in {"accuracy": (1, 10), "losses": (1, 10), "learning_rate": (0, 439.875)}.items():
+        places = {text.get_text(): text.get_position()[0] for text in figures[name].axes[0].texts}
+        assert (places["70 px"], places["120 px"]) == ends

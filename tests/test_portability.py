@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from test_distributed import LOOPBACK
 
 from data import FOLDER
 
@@ -131,3 +132,16 @@ def test_a_run_goes_from_drawing_to_plots_without_the_modules_of_posix(tmp_path:
     }.items():
         done = python("-c", WITHOUT_POSIX + SCRIPT, f"{command}.py", tmp_path / "run", *flags)
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_two_cards_rows_are_those_of_two_cpu_processes(emulated_card: str, tmp_path: Path):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    flags = [*TINY, "--precision", "fp32", "--no-compile", "--data-dir", tmp_path]
+    for device, program in (("cpu", ""), ("cuda", emulated_card)):
+        place = {"FAKE_CUDA_DEVICES": "2", **LOOPBACK}
+        command = [*torchrun, *flags, "--device", device, "--out", tmp_path / device]
+        done = python(*command, program=program, **place)
+        assert done.returncode == 0, done.stderr
+    assert '"device": "cuda:0"' in (tmp_path / "cuda" / "config.json").read_text()
+    assert rows(tmp_path / "cuda") == rows(tmp_path / "cpu") != []

@@ -185,3 +185,11 @@ def test_best_is_not_asked_of_a_file(tiny_run, picture, capsys):
     with pytest.raises(SystemExit) as stop:
         predict.main([str(tiny_run / "last.pt"), str(picture), "--best"])
     assert stop.value.code == 2 and "--best takes the best epoch of a run folder" in capsys.readouterr().err
+
+
+def test_more_choices_than_classes_are_all_classes(tiny_run, tmp_path):
+    picture = noise(tmp_path / "a.png", 0)
+    assert run(tiny_run, picture, "--top", 11, "--json", tmp_path / "out.json") == 0
+    (seen,) = json.loads((tmp_path / "out.json").read_text())["pictures"]
+    names = [choice["class"] for choice in seen["choices"]]
+    assert sorted(names) == sorted(checkpoint.load_network(tiny_run).classes)

@@ -234,3 +234,22 @@ def test_too_few_epochs_for_the_crop_sizes_are_said(tmp_path: Path, small_demo, 
     sentence = "stage 1 has 1 epoch: too few for its crop size(s) 40, 48 px"
     assert capsys.readouterr().out.count(f"note: {sentence}") == 1
     assert sentence in json.loads((tmp_path / "run" / "summary.json").read_text())["notes"]
+
+
+def test_a_stopped_runs_summary_is_of_the_epochs_that_it_has(tmp_path: Path, small_demo, empty_plots) -> None:
+    for epochs in (1, 2, 3):
+        assert trained(tmp_path / "run", "--max-minutes", 1e-9) == 3
+        summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+        assert (summary["finished"], summary["epochs"], summary["samples"]) == (False, epochs, 160 * epochs)
+        rows = checkpoint.load(tmp_path / "run" / "last.pt")["rows"]
+        assert summary["seconds"] == round(sum(row["seconds"] for row in rows), 1)
+
+
+def test_what_is_printed_of_an_epoch_is_its_row(tmp_path: Path, small_demo, empty_plots, capsys) -> None:
+    assert trained(tmp_path / "run") == 0
+    number = r"([\d.]+)"
+    form = rf"^epoch (\d+)/4  train loss {number} accuracy {number}%  val loss {number} accuracy {number}%"
+    found = re.findall(form, capsys.readouterr().out, re.MULTILINE)
+    for row, (epoch, *values) in zip(checkpoint.load(tmp_path / "run" / "last.pt")["rows"], found, strict=True):
+        expected = [row["train_loss"], 100 * row["train_accuracy"], row["val_loss"], 100 * row["val_accuracy"]]
+        assert int(epoch) == row["epoch"] and list(map(float, values)) == pytest.approx(expected, abs=0.051)

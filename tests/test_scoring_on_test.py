@@ -90,3 +90,26 @@ def test_an_ensemble_of_one_folder_is_one_scoring(tiny_run, tmp_path, capsys):
         assert len(scoring_ledger.read(folder)) == times
     assert [facts["epoch"] for facts in scoring_ledger.read(folder)[-1]["members"]] == [4, 3]
     assert capsys.readouterr().err.count("was scored on test once before") == 1
+
+
+def test_every_network_of_an_ensemble_or_a_pair_is_counted_and_warned_of(tiny_runs, tmp_path, capsys):
+    folders = [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in tiny_runs]
+    assert run(*folders, "--ensemble", "--split", "test") == 0
+    for folder in folders:
+        (scoring,) = scoring_ledger.read(folder)
+        assert scoring["ensemble_of"] == len(folders)
+        assert [each["checkpoint"] for each in scoring["members"]] == [str(each / "last.pt") for each in folders]
+    capsys.readouterr()
+    assert run(folders[0], "--against", folders[1], "--split", "test") == 0
+    said = capsys.readouterr().err
+    assert all(f"{folder} was scored on test once before" in said for folder in folders[:2])
+    assert [len(scoring_ledger.read(folder)) for folder in folders[:2]] == [2, 2]
+
+
+def test_the_warning_is_of_the_last_scoring(tmp_path, capsys):
+    for accuracy_then in (0.25, 0.75):
+        scoring_ledger.add(tmp_path, accuracy=accuracy_then)
+    first, second = scoring_ledger.read(tmp_path)
+    assert (first["accuracy"], second["accuracy"]) == (0.25, 0.75)
+    scoring_ledger.warn([tmp_path])
+    assert f"2 times before (last {second['date']}: accuracy 0.75)" in capsys.readouterr().err

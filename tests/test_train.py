@@ -377,3 +377,8 @@ def test_what_continues_a_stopped_run_is_said(tmp_path: Path, small_demo, capsys
     assert capsys.readouterr().out.endswith("\nthe same command without --overwrite continues this run\n")
     assert run(tmp_path / "run", *limit) == 3
     assert capsys.readouterr().out.endswith("\nthe same command continues this run\n")
+
+
+def test_an_epoch_may_be_one_batch_and_no_less(tmp_path: Path, small_demo) -> None:
+    assert run(tmp_path / "run", "--batch", "160", "160") == 0
+    assert run(tmp_path / "other", "--batch", "161", "160") == 2
