@@ -77,6 +77,7 @@ class RecordedGraph:
 
 @contextlib.contextmanager
 def capture(graph: RecordedGraph, pool: Any, stream: Any) -> Iterator[None]:
+    assert stream == "a new one"  # the default one is every run's
     with Recording() as recording:
         yield
     with torch.no_grad():
