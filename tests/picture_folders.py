@@ -5,6 +5,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+import recipes
+from data import Split
+from harness import checkpoint
+from harness.images import fingerprint, load_images
+
 COLOURS = {"apple": (200, 30, 30), "leaf": (30, 170, 40), "sky": (40, 80, 220)}
 TINY = (
     "--recipe demo --views 1 --epochs 1 1 --batch 8 8 --planes 2 2 2 --crop-size 32 32 --eval-size 32 32 --threads 1"
@@ -25,3 +30,14 @@ def fill(target: Path, count: int, start: int = 0) -> Path:
             suffix = (".png", ".jpg", ".BMP", ".webp")[i % 4]
             draw(target / name / f"{name}{i}{suffix}", colour, start + 1000 * label + i, (33 + 5 * i, 50))
     return target
+
+
+def save_untrained(path: Path, pictures: Path, eval_size: int, **changes: object) -> Split:
+    """Write the weights of a small network that has learnt nothing, as a run on these pictures would; their split."""
+    recipe = recipes.replace(recipes.RECIPES["demo"], {"planes": (2, 2, 2), **changes})
+    split = load_images(recipe, path.parent, pictures)
+    classes = split.dataset.classes
+    payload = {"kind": "weights", "recipe": recipe.as_dict(), "classes": list(classes), "eval_size": eval_size}
+    state = recipes.build_network(recipe, len(classes)).state_dict()
+    checkpoint.save(path, payload | {"images": fingerprint(split), "epoch": 7, "model": state})
+    return split

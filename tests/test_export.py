@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from picture_folders import fill
+from picture_folders import fill, save_untrained
 from torch import Tensor
 
 import augment
@@ -22,7 +22,7 @@ import export
 import recipes
 from harness import checkpoint, demo_shapes, download, scoring
 from harness.errors import RunError
-from harness.images import Source, fingerprint, load_images
+from harness.images import Source
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in export.ONNX_PACKAGES), reason="onnx is not installed"
@@ -210,12 +210,7 @@ def test_torch_is_the_format_and_the_last_epoch_the_network_by_default(
 
 def test_images_of_the_run_are_compared_where_they_are(tmp_path: Path) -> None:
     pictures = fill(tmp_path / "pictures", 5)
-    recipe = recipes.replace(recipes.RECIPES["demo"], {"planes": (2, 2, 2), "image_size": 40})
-    split = load_images(recipe, tmp_path, pictures)
-    payload = {"kind": "weights", "recipe": recipe.as_dict(), "classes": list(split.dataset.classes), "eval_size": 64}
-    state = recipes.build_network(recipe, 3).state_dict()
-    payload |= {"images": fingerprint(split), "epoch": 7, "model": state}
-    checkpoint.save(tmp_path / "best.pt", payload)
+    split = save_untrained(tmp_path / "best.pt", pictures, 64, image_size=40)
     trained = checkpoint.load_network(tmp_path / "best.pt")
     images, origin = export.sample(trained, Source(tmp_path, pictures), True)
     assert torch.equal(images, split.dataset.images[split.val]) and origin == "validation images of the run"
@@ -237,12 +232,7 @@ def test_nothing_is_fetched_to_compare_on(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_network_of_all_images_is_compared_on_those(tmp_path: Path) -> None:
     pictures = fill(tmp_path / "pictures", 5)
-    recipe = recipes.replace(recipes.RECIPES["demo"], {"planes": (2, 2, 2), "image_size": 40, "train_on": "all"})
-    split = load_images(recipe, tmp_path, pictures)
-    payload = {"kind": "weights", "recipe": recipe.as_dict(), "classes": list(split.dataset.classes), "eval_size": 64}
-    state = recipes.build_network(recipe, 3).state_dict()
-    payload |= {"images": fingerprint(split), "epoch": 7, "model": state}
-    checkpoint.save(tmp_path / "all.pt", payload)
+    split = save_untrained(tmp_path / "all.pt", pictures, 64, image_size=40, train_on="all")
     trained = checkpoint.load_network(tmp_path / "all.pt")
     images, origin = export.sample(trained, Source(tmp_path, pictures), True)
     assert torch.equal(images, split.dataset.images[:8]) and origin == "training images of the run"
