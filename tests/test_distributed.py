@@ -267,6 +267,7 @@ def test_torchrun(tmp_path: Path) -> None:
 def _decide_alone(rank: int) -> None:
     distributed.join(torch.device("cpu"))
     alone = [torch.distributed.new_group([each], backend="gloo") for each in range(2)]
+    torch.distributed.barrier()  # the leader's end would take away the store with which the other makes its group
     distributed._decisions = alone[rank]
     assert distributed.sum_over_ranks(torch.ones(1)).item() == 1
     assert distributed.max_over_ranks(rank) == rank
