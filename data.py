@@ -93,7 +93,7 @@ def images_digest(images: Tensor, labels: Tensor) -> str:
     return digest.hexdigest()
 
 
-def load(data_dir: Path, split: str, specs: Specs = OFFICIAL, classes: tuple[str, ...] = CLASSES) -> DataSet:
+def load(data_dir: Path, split: str, specs: Specs = OFFICIAL) -> DataSet:
     """Read the `train` (5,000 images) or `test` (8,000 images) files; no others are touched, nothing is written.
 
     Raises MissingFiles if one is absent, RunError if one is not what `specs` says or cannot be read.
@@ -102,12 +102,12 @@ def load(data_dir: Path, split: str, specs: Specs = OFFICIAL, classes: tuple[str
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
     image_file, label_file = (Path(data_dir) / FOLDER / f"{split}_{kind}.bin" for kind in "Xy")
     _require((image_file, label_file))
-    labels = _labels(label_file, specs[label_file.name], classes)
+    labels = _labels(label_file, specs[label_file.name])
     pixels = torch.frombuffer(read_file(image_file, specs[image_file.name]), dtype=torch.uint8)
     if len(pixels) != len(labels) * IMAGE_BYTES:
         raise ValueError(f"specs disagree: {len(pixels)} bytes do not hold {len(labels)} images of 3x{SIDE}x{SIDE}")
     columns_first = pixels.view(-1, 3, SIDE, SIDE)
-    return DataSet(columns_first.transpose(2, 3).contiguous(), labels, classes)
+    return DataSet(columns_first.transpose(2, 3).contiguous(), labels, CLASSES)
 
 
 def read_file(path: Path, spec: FileSpec) -> bytearray:
@@ -232,11 +232,11 @@ def _is_absent(path: Path) -> bool:
     return False
 
 
-def _labels(path: Path, spec: FileSpec, classes: Sequence[str]) -> Tensor:
+def _labels(path: Path, spec: FileSpec) -> Tensor:
     labels = torch.frombuffer(read_file(path, spec), dtype=torch.uint8).long()
     low, high = labels.min().item(), labels.max().item()
-    if low < 1 or high > len(classes):
-        raise RunError(f"{path} holds labels from {low} to {high}, expected 1 to {len(classes)}: another data set?")
+    if low < 1 or high > len(CLASSES):
+        raise RunError(f"{path} holds labels from {low} to {high}, expected 1 to {len(CLASSES)}: another data set?")
     return labels - 1
 
 

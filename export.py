@@ -131,7 +131,7 @@ def sample(trained: TrainedNetwork, source: Source, required: bool) -> tuple[Ten
     except RunError:
         if required:
             raise
-        drawn, _ = demo_shapes.draw_tensors("test", 1)
+        drawn, _ = demo_shapes.draw_shapes("test", 1)
         return drawn[: max(COUNTS)], "pictures drawn by the program, as the run's are not here"
     kind, indices = ("validation", val) if len(val) else ("training", train)
     return dataset.images[indices[: max(COUNTS)]], f"{kind} images of the run"

@@ -126,7 +126,7 @@ def load(data_dir: Path | None) -> tuple[Tensor, Tensor]:
     if data_dir is not None:
         found = data.load(data_dir, "train")
         return found.images, found.labels
-    return demo_shapes.draw_tensors("train", DRAWN)
+    return demo_shapes.draw_shapes("train", DRAWN)
 
 
 def timed(work: Callable[[], Any]) -> float:

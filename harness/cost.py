@@ -11,17 +11,16 @@ from harness.machine import Machine
 from harness.scoring import PIXELS
 from recipes import Recipe
 
-# What a training step costs, for a prediction before anything has been measured (see benchmark.py). On a CPU it is two
-# things: convolutions run at the speed of a matrix product, and whatever lies between them waits for memory.
+# What a training step costs on a CPU, to compare sizes and networks (see benchmark.py). It is two things: convolutions
+# run at the speed of a matrix product, and whatever lies between them waits for memory.
 CPU_GFLOPS = {torch.bfloat16: 240.0, torch.float16: 65.0, torch.float32: 65.0}  # per core
 # Per core and number that a BatchNorm puts out: with LeakyReLU, forward and backward (fp32: on an older processor).
 CPU_NORM_SECONDS = {torch.bfloat16: 1.5e-9, torch.float16: 6e-9, torch.float32: 6e-9}
 FORWARD_SHARE = 1 / 3  # of a training step's arithmetic: the backward pass costs twice the forward pass
-CUDA_GFLOPS = {torch.bfloat16: 40_000.0, torch.float16: 40_000.0, torch.float32: 10_000.0}  # guesses
 
 
 def modelled_rates(machine: Machine, recipe: Recipe, net: nn.Module) -> dict[int, float]:
-    """Rough samples per second of training at each of the recipe's sizes, from the arithmetic: no measurement."""
+    """Rough samples per second of training at each of the recipe's sizes, by the arithmetic: only ratios count."""
     sizes = {size for stage in recipe.stages for size in (*stage.crop_size, stage.eval_size)}
     return {size: _rate(machine, net, size) for size in sorted(sizes)}
 
@@ -55,11 +54,11 @@ def next_epoch_seconds(recipe: Recipe, epochs_done: int, train_seconds: float, r
 
 
 def _rate(machine: Machine, net: nn.Module, size: int) -> float:
-    """Rough samples per second of training at `size` px."""
+    """Samples per second of training at `size` px: on a CPU of one core, on CUDA by a card of 1 GFLOP/s."""
     if machine.device.type == "cuda":
-        return CUDA_GFLOPS[machine.precision] / step_gflop(net, size)
+        return 1 / step_gflop(net, size)
     waiting = CPU_NORM_SECONDS[machine.precision] * norm_outputs(net, size)
-    return torch.get_num_threads() / (step_gflop(net, size) / CPU_GFLOPS[machine.precision] + waiting)
+    return 1 / (step_gflop(net, size) / CPU_GFLOPS[machine.precision] + waiting)
 
 
 def step_gflop(net: nn.Module, size: int) -> float:

@@ -1,12 +1,10 @@
-"""A small picture set drawn by the program itself, in STL-10's file format: ten shapes on cluttered ground.
+"""A small picture set drawn by the program itself: ten shapes on cluttered ground.
 
 It stands in for the real files, to try a run without them. Every image has its own colours, place, size, tilt and
 background, so that only the shape identifies the class.
 """
 
-import hashlib
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,10 +12,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 
-import data
-from data import FOLDER, SIDE, DataSet, FileSpec, Specs, read_file
-from harness.errors import RunError
-from harness.files import atomic_write, locked
+from data import SIDE, DataSet
 
 DEMO_CLASSES = ("disc", "ring", "square", "triangle", "cross", "flower", "crescent", "stripes", "checkers", "dots")
 IMAGES_PER_CLASS = {"train": 150, "test": 30}
@@ -26,51 +21,20 @@ FloatArray = NDArray[np.float32]
 Shape = Callable[[FloatArray, FloatArray], FloatArray]
 
 
-def load(data_dir: Path, split: str) -> DataSet:
-    """The `train` or `test` images of the set, which is drawn into `data_dir`/demo first. Raises RunError."""
-    return data.load(data_dir / "demo", split, make(data_dir / "demo"), DEMO_CLASSES)
+def load(split: str) -> DataSet:
+    """The `train` (1,500) or `test` (300) images of the set, drawn in about a second, the same on every call."""
+    return DataSet(*draw_shapes(split, IMAGES_PER_CLASS[split]), DEMO_CLASSES)
 
 
-def make(data_dir: Path) -> Specs:
-    """Draw the set (1,500 train, 300 test images; about a second) and return the specs that `data.load` checks it by.
-
-    Files that are already there and right are left alone. Raises RunError where the folder cannot be written.
-    """
-    specs = {}
-    with locked(data_dir / FOLDER, wait=True) as folder:
-        for split, per_class in IMAGES_PER_CLASS.items():
-            for kind, array in zip("Xy", draw_shapes(split, per_class), strict=True):
-                content = array.tobytes()
-                path = folder / f"{split}_{kind}.bin"
-                specs[path.name] = FileSpec(len(content), hashlib.md5(content, usedforsecurity=False).hexdigest())
-                _write_unless_right(path, content, specs[path.name])
-    return specs
-
-
-def draw_shapes(split: str, per_class: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """The images uint8 (N, 3, 96, 96), columns first as STL-10 stores them, and their labels uint8 (N,), from 1.
+def draw_shapes(split: str, per_class: int) -> tuple[Tensor, Tensor]:
+    """The images uint8 (N, 3, 96, 96), rows first, and their labels int64 (N,), from 0.
 
     In shuffled order, the same on every call; `train` and `test` share no random numbers.
     """
     generator = np.random.default_rng([SEED, sorted(IMAGES_PER_CLASS).index(split)])
     images = np.concatenate([_class_images(SHAPES[name], per_class, generator) for name in DEMO_CLASSES])
-    labels = np.arange(1, len(DEMO_CLASSES) + 1, dtype=np.uint8).repeat(per_class)
-    order = generator.permutation(len(labels))
-    return images[order].swapaxes(2, 3), labels[order]
-
-
-def draw_tensors(split: str, per_class: int) -> tuple[Tensor, Tensor]:
-    """What `draw_shapes` draws in the form of `data.load`: images with rows first, labels int64 (N,) from 0."""
-    images, labels = draw_shapes(split, per_class)
-    return torch.from_numpy(images).transpose(2, 3).contiguous(), torch.from_numpy(labels).long() - 1
-
-
-def _write_unless_right(path: Path, content: bytes, spec: FileSpec) -> None:
-    try:
-        read_file(path, spec)
-    except RunError:
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(content)
+    order = torch.from_numpy(generator.permutation(len(images)))
+    return torch.from_numpy(images)[order], torch.arange(len(DEMO_CLASSES)).repeat_interleave(per_class)[order]
 
 
 def _class_images(shape: Shape, count: int, generator: Generator) -> NDArray[np.uint8]:

@@ -56,14 +56,20 @@ def threads_while_others_wait() -> int:
 
 
 def join(device: torch.device) -> None:
-    """Join the other processes; from now on only the leader prints. Raises PeerLost if they do not appear."""
+    """Join the other processes; from now on only the leader prints.
+
+    Raises PeerLost if they do not appear, RunError if the environment does not say where they meet.
+    """
     rank, world, _ = rank_and_world()
     if world == 1 or _joined():
         return
     global _decisions
     with peer_loss_reported():
         nccl = device.type == "cuda" and dist.is_nccl_available()  # on Windows there is none
-        dist.init_process_group("nccl" if nccl else "gloo", timeout=TIMEOUT, device_id=device if nccl else None)
+        try:
+            dist.init_process_group("nccl" if nccl else "gloo", timeout=TIMEOUT, device_id=device if nccl else None)
+        except ValueError as error:
+            raise RunError(f"WORLD_SIZE is set, but {error}; start with torchrun, or unset WORLD_SIZE") from error
         _decisions = dist.new_group(backend="gloo", timeout=PATIENCE)
     if rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")

@@ -37,13 +37,7 @@ class _Broken(Exception):
     """The archive is damaged or another one, or the connection has broken."""
 
 
-def fetch(
-    data_dir: Path,
-    specs: Specs = LABELLED,
-    url: str = URL,
-    pauses: Sequence[float] = PAUSES,
-    progress: bool = True,
-) -> None:
+def fetch(data_dir: Path, specs: Specs = LABELLED, url: str = URL, pauses: Sequence[float] = PAUSES) -> None:
     """Fetch those files of `specs` that are missing or wrong in `data_dir/stl10_binary/`.
 
     An archive `data_dir/stl10_binary.tar.gz` is used instead of the network. A broken transfer is tried again after
@@ -57,9 +51,9 @@ def fetch(
             return
         archive = data_dir / ARCHIVE
         if archive.exists():
-            _unpack_local(archive, folder, specs, missing, progress)
+            _unpack_local(archive, folder, specs, missing)
         else:
-            _download(url, folder, specs, missing, pauses, progress)
+            _download(url, folder, specs, missing, pauses)
 
 
 def _is_right(path: Path, spec: FileSpec) -> bool:
@@ -70,10 +64,10 @@ def _is_right(path: Path, spec: FileSpec) -> bool:
     return True
 
 
-def _unpack_local(archive: Path, folder: Path, specs: Specs, missing: set[str], progress: bool) -> None:
+def _unpack_local(archive: Path, folder: Path, specs: Specs, missing: set[str]) -> None:
     try:
         with archive.open("rb") as source:
-            _unpack(source, folder, specs, missing, progress)
+            _unpack(source, folder, specs, missing)
     except (OSError, _Broken) as error:
         raise RunError(
             f"{archive} is damaged or not the official archive ({_cause(error)}): copy it again, or delete it so that "
@@ -81,33 +75,30 @@ def _unpack_local(archive: Path, folder: Path, specs: Specs, missing: set[str], 
         ) from error
 
 
-def _download(url: str, folder: Path, specs: Specs, missing: set[str], pauses: Sequence[float], progress: bool) -> None:
-    if progress:
-        print(f"fetching {_names(missing)} from {url} into {folder}", file=sys.stderr)
+def _download(url: str, folder: Path, specs: Specs, missing: set[str], pauses: Sequence[float]) -> None:
+    print(f"fetching {_names(missing)} from {url} into {folder}", file=sys.stderr)
     for pause in (*pauses, None):
         try:
             with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
-                return _unpack(response, folder, specs, missing, progress)
+                return _unpack(response, folder, specs, missing)
         except (*STREAM_ERRORS, _Broken) as error:
             if pause is None:
                 raise RunError(
                     f"cannot fetch {_names(missing)} from {url}: {_cause(error)}; try again later, put {ARCHIVE} into "
                     f"{folder.parent}, name a folder that holds {FOLDER}/ with --data-dir, or try --demo"
                 ) from error
-            if progress:
-                print(f"the transfer broke ({_cause(error)}): next attempt in {pause:g} s", file=sys.stderr)
+            print(f"the transfer broke ({_cause(error)}): next attempt in {pause:g} s", file=sys.stderr)
             time.sleep(pause)
 
 
-def _unpack(source: BinaryIO, folder: Path, specs: Specs, missing: set[str], progress: bool) -> None:
+def _unpack(source: BinaryIO, folder: Path, specs: Specs, missing: set[str]) -> None:
     """Write the missing members as they arrive, remove each from `missing`, and stop reading after the last."""
     members = {f"{FOLDER}/{name}": name for name in specs}  # exact names: nothing is written anywhere else
     total = sum(spec.bytes for spec in specs.values())
-    hidden = None if progress else True  # None: hidden where there is no terminal
     try:
         with (
             tarfile.open(fileobj=source, mode="r|gz") as archive,
-            tqdm(total=total, unit="B", unit_scale=True, disable=hidden, leave=False) as bar,
+            tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar,  # None: on a terminal alone
         ):
             for member in archive:
                 name = members.get(member.name)

@@ -39,7 +39,7 @@ def _read(recipe: Recipe, data_dir: Path, images: Path | None, fetch: bool) -> D
     if images is not None:
         return picture_folder.load(images, recipe.image_size)
     if recipe.name == DEMO.name:
-        return demo_shapes.load(data_dir, "train")
+        return demo_shapes.load("train")
     try:
         return data.load(data_dir, "train")
     except data.MissingFiles as missing:
@@ -60,7 +60,7 @@ def split_by(recipe: Recipe, dataset: DataSet, data_dir: Path) -> tuple[Tensor, 
         return torch.arange(count), torch.arange(0)
     if dataset.given_split is not None:
         train, val = dataset.given_split
-    elif recipe.fold is not None:
+    elif recipe.fold is not None and not dataset.digest:  # the folds are of STL-10's images, not of a user's own
         return data.fold_indices(data_dir, recipe.fold, count)
     else:
         _require_per_class(2, dataset, torch.arange(count), "a split into train and val needs two or more")
@@ -97,7 +97,7 @@ def load_test_images(trained: TrainedNetwork, source: Source) -> DataSet:
                     "learnt some of test; name the right folder with --images, or one that holds test alone"
                 )
     elif trained.recipe.name == DEMO.name:
-        dataset = demo_shapes.load(source.data_dir, "test")
+        dataset = demo_shapes.load("test")
     else:
         dataset = data.load(source.data_dir, "test")
     if dataset.classes != trained.classes:

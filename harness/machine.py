@@ -132,9 +132,9 @@ def start_machine(runtime: Runtime) -> Machine:
         torch.backends.cudnn.allow_tf32 = True
     else:
         _keep_memory()
+    torch.use_deterministic_algorithms(runtime.deterministic)  # a notebook's next run must not have this one's
     if runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads any; it doubles the launches
     precision = _precision(device, runtime.precision)
     obstacle = _obstacle_to_compiling(device)

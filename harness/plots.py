@@ -238,14 +238,12 @@ def reliability(
 
 
 @styled
-def sample_sheet(
-    path: Path, images: np.ndarray, titles: Sequence[str] | None = None, *, columns: int = 8, heading: str
-) -> Figure:
-    """A contact sheet of images (N, 3, s, s), uint8 or float in [0, 1], each with its title below if there are any."""
+def sample_sheet(path: Path, images: np.ndarray, titles: Sequence[str], *, columns: int = 8, heading: str) -> Figure:
+    """A contact sheet of images (N, 3, s, s), uint8 or float in [0, 1], each with its title below."""
     images = np.asarray(images)
     images = images if images.dtype == np.uint8 else (images.clip(0, 1) * 255).round().astype(np.uint8)
     columns, size = min(columns, len(images)), images.shape[-1]
-    lines = 1 + max(title.count("\n") for title in titles) if titles else 0
+    lines = 1 + max(title.count("\n") for title in titles)
     width = 8.0
     cell = width / columns  # inches
     gap = max(2, round(size / 24))
@@ -254,12 +252,10 @@ def sample_sheet(
     sheet = np.full((rows * (size + below), columns * (size + gap), 3), 255, dtype=np.uint8)
     figure = Figure(figsize=(width, width * sheet.shape[0] / sheet.shape[1] + 0.35), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
-    for index, image in enumerate(images):
+    for index, (image, title) in enumerate(zip(images, titles, strict=True)):
         top, left = index // columns * (size + below), index % columns * (size + gap)
         sheet[top : top + size, left : left + size] = image.transpose(1, 2, 0)
-        if titles:
-            place = (left + size / 2, top + size + gap / 4)
-            axes.text(*place, plain(titles[index]), ha="center", va="top", fontsize=8)
+        axes.text(left + size / 2, top + size + gap / 4, plain(title), ha="center", va="top", fontsize=8)
     axes.imshow(sheet, interpolation="bilinear")
     axes.set_axis_off()
     _title(figure, heading)

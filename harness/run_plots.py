@@ -17,7 +17,7 @@ def views(path: Path, heading: str, batch: Batch, classes: Sequence[str]) -> Non
     """Draw the first views of a batch as the network sees them, each with its class, or two with their shares."""
     shown = denormalise(batch.x[:ON_SHEET]).clamp(0, 1).cpu()
     mixed = zip(*(part[:ON_SHEET].tolist() for part in batch[1:]), strict=True)
-    plots.sample_sheet(path, shown.numpy(), [_label(classes, *each) for each in mixed], columns=8, heading=heading)
+    plots.sample_sheet(path, shown.numpy(), [_label(classes, *each) for each in mixed], heading=heading)
 
 
 def _label(classes: Sequence[str], label: int, other: int, share: float) -> str:

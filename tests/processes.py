@@ -104,7 +104,7 @@ def _train(argv: list[str], output: int, prepare: Iterable[Prepare]) -> None:
 def tiny(pictures: bool = False) -> None:
     """Train on 32 and validate on 8 of the demo's pictures: half a second. A plot's file holds its title only."""
     torch.set_num_threads(1)
-    dataset = DataSet(*demo_shapes.draw_tensors("train", 5), demo_shapes.DEMO_CLASSES)
+    dataset = DataSet(*demo_shapes.draw_shapes("train", 5), demo_shapes.DEMO_CLASSES)
     parts = split_indices(dataset.labels)
     replace(load_images, lambda *_: Split(dataset, *parts))
     if not pictures:

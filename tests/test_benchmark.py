@@ -70,7 +70,7 @@ def test_the_baselines_loader_delivers_the_recipes_views(small):
     assert x.shape == (4, 3, 40, 40)
     torch.testing.assert_close(
         mine.pictures.images[3].transpose(1, 2, 0),
-        demo_shapes.draw_shapes("train", 2)[0][3].transpose(2, 1, 0),
+        demo_shapes.draw_shapes("train", 2)[0][3].permute(1, 2, 0).numpy(),
         atol=0,
         rtol=0,
     )

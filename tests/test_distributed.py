@@ -191,6 +191,14 @@ def test_the_rank_is_among_all_processes_and_not_on_one_machine(monkeypatch: pyt
     assert distributed.rank_and_world() == (3, 4, 1)
 
 
+def test_a_place_to_meet_that_is_not_named_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(errors.RunError, match="WORLD_SIZE is set, but .*MASTER_ADDR.*; start with torchrun, or unset"):
+        distributed.join(torch.device("cpu"))
+
+
 def test_nan_in_one_share_ends_all_processes(tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert run(out, {1: (_spoil_views,)}) == [1, 1], log(out, 0) + log(out, 1)

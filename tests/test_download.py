@@ -87,7 +87,7 @@ def server() -> Iterator[Server]:
 
 
 def fetch(server: Server, data_dir: Path, **options) -> None:
-    download.fetch(data_dir, SPECS, server.url, pauses=(0, 0), progress=False, **options)
+    download.fetch(data_dir, SPECS, server.url, pauses=(0, 0), **options)
 
 
 def present(data_dir: Path) -> dict[str, bytes]:
@@ -294,7 +294,7 @@ def test_an_interrupt_leaves_no_temporary_file(server, tmp_path, monkeypatch):
 
 def test_progress_without_a_terminal_is_lines_alone(server, tmp_path, capsys):
     server.answers = [(ARCHIVE, 300_000), (ARCHIVE, None)]
-    download.fetch(tmp_path, SPECS, server.url, pauses=(0,))
+    fetch(server, tmp_path)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and server.url in lines[0] and "next attempt in 0 s" in lines[1]
 

@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 
 import numpy as np
+import official_files
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -215,11 +216,12 @@ def test_missing_val_images_are_fetched(tiny_run, altered, tmp_path, capsys, mon
     """As `train.py` does. The download is of the drawn pictures here, in the official files' format."""
 
     def fetch(data_dir: Path) -> None:
-        for name, spec in demo_shapes.make(data_dir).items():
-            monkeypatch.setitem(data.OFFICIAL, name, spec)
+        dataset = demo_shapes.load("train")
+        for path in official_files.write(data_dir, "train", dataset.images, dataset.labels).iterdir():
+            official_files.expect(path, monkeypatch)
 
     monkeypatch.setattr(download, "fetch", fetch)
-    monkeypatch.setattr(data.load, "__defaults__", (data.OFFICIAL, demo_shapes.DEMO_CLASSES))
+    monkeypatch.setattr(data, "CLASSES", demo_shapes.DEMO_CLASSES)
     folder, place = altered(name="original"), tmp_path / "place"
     assert run(folder, "--data-dir", place, "--out", tmp_path / "out") == 0
     assert f"train_X.bin and train_y.bin not found in {place / data.FOLDER}" in capsys.readouterr().out

@@ -57,7 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pictures() -> Tensor:
-    return demo_shapes.draw_tensors("test", 1)[0]
+    return demo_shapes.draw_shapes("test", 1)[0]
 
 
 @pytest.fixture(scope="module", params=FORMATS)

@@ -1,5 +1,6 @@
 """A folder of the user's own pictures: what is read, how it is split, what is kept beside it, and what is refused."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from picture_folders import COLOURS, TINY, draw, fill
+from picture_folders import COLOURS, TINY, draw, fill, save_untrained
 from PIL import Image
 
 import data
@@ -279,6 +280,15 @@ def test_a_picture_folder_that_is_gone_is_asked_for(images: Path, empty_plots: N
     assert recorded_source(run).images is None
     with pytest.raises(RunError, match="was trained with a folder of pictures; name it with --images"):
         load_for_network(checkpoint.load_network(run), recorded_source(run), fetch=False)
+
+
+def test_pictures_are_not_what_a_network_of_an_official_fold_was_trained_with(images: Path, tmp_path: Path) -> None:
+    save_untrained(tmp_path / "last.pt", images, 32)
+    trained = checkpoint.load_network(tmp_path / "last.pt")
+    of_a_fold = recipes.replace(trained.recipe, {"fold": 0})
+    trained = dataclasses.replace(trained, recipe=of_a_fold, images={"train": 1_000, "val": 4_000})
+    with pytest.raises(RunError, match="does not hold the images that this network was trained with.*--images"):
+        load_for_network(trained, Source(tmp_path, images), fetch=False)
 
 
 def test_test_images_beside_other_pictures_than_the_networks_are_refused(tmp_path: Path, empty_plots: None) -> None:

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import official_files
 import pytest
 import torch
 from conftest import error
@@ -106,7 +106,7 @@ def test_wrong_flags(tmp_path: Path, small_demo, monkeypatch, capsys) -> None:
         usage, _, message = capsys.readouterr().err.partition("train.py: error: ")
         assert usage.startswith("usage: train.py") and message.count("\n") == 1, (case, message)
         assert flag in message, (case, message)
-    assert [path.name for path in tmp_path.iterdir()] == ["data"]  # the demo's: some cases need to know its size
+    assert list(tmp_path.iterdir()) == []
 
 
 # damaged data
@@ -115,27 +115,12 @@ def test_wrong_flags(tmp_path: Path, small_demo, monkeypatch, capsys) -> None:
 @pytest.fixture
 def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of 50 images in the official files' format, taken for the official ones; nothing can be fetched."""
-    images, labels = demo_shapes.draw_shapes("train", 5)
-    folder = tmp_path / "data" / data.FOLDER
-    folder.mkdir(parents=True)
-    (folder / "train_X.bin").write_bytes(images.tobytes())
-    (folder / "train_y.bin").write_bytes(labels.tobytes())
+    folder = official_files.write(tmp_path / "data", "train", *demo_shapes.draw_shapes("train", 5))
     (folder / data.FOLDS_FILE).write_text("0 1 2 3 4 5 6 7 8 9\n" * 10)
     for path in folder.iterdir():
-        expect(path, monkeypatch)
-    monkeypatch.setattr(
-        download, "fetch", partial(download.fetch, url="http://127.0.0.1:9/none", pauses=(), progress=False)
-    )
+        official_files.expect(path, monkeypatch)
+    monkeypatch.setattr(download, "fetch", partial(download.fetch, url="http://127.0.0.1:9/none", pauses=()))
     return folder
-
-
-def expect(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a file's present content be the right one."""
-    content = path.read_bytes()
-    spec = data.FileSpec(len(content), hashlib.md5(content).hexdigest())
-    monkeypatch.setitem(data.OFFICIAL, path.name, spec)
-    if path.name in download.LABELLED:
-        monkeypatch.setitem(download.LABELLED, path.name, spec)
 
 
 def run_official(folder: Path, *flags: str) -> int:
@@ -187,7 +172,8 @@ def test_damaged_data(name: str, damage: str, official: Path, capsys) -> None:
     function(official / name)
     before = hashes(official, "[!.]*")
     assert run_official(official, *(["--fold", "0"] if name == data.FOLDS_FILE else [])) == 1
-    said = error(capsys)
+    *attempts, said = capsys.readouterr().err.splitlines()
+    assert said.startswith("error: ") and len(attempts) == said.startswith("error: cannot fetch")
     assert re.search(words, said) and str(official.parent) in said and (damage == "swapped" or name in said), said
     assert hashes(official, "[!.]*") == before and not (official.parent.parent / "run").exists()
 
@@ -196,7 +182,7 @@ def test_damaged_data(name: str, damage: str, official: Path, capsys) -> None:
 def test_labels_out_of_range(label: int, official: Path, monkeypatch, capsys) -> None:
     path = official / "train_y.bin"
     path.write_bytes(bytes([label]) + path.read_bytes()[1:])
-    expect(path, monkeypatch)
+    official_files.expect(path, monkeypatch)
     assert run_official(official) == 1
     assert f"{path} holds labels from" in error(capsys)
 
@@ -348,7 +334,7 @@ def test_each_epoch_is_asked_for_by_the_recipe_and_its_row_is_that_of_its_steps(
     monkeypatch.setattr(train, "draw_epoch", note_draws)
     monkeypatch.setattr(Trainer, "step", note_step)
     assert run(tmp_path / "run", *"--views 2 --seed 7 --crop-size 32,40 48 --batch 64 32".split()) == 0
-    images = data.split_indices(demo_shapes.load(tmp_path / "data", "train").labels)[0].tolist()
+    images = data.split_indices(demo_shapes.load("train").labels)[0].tolist()
     places = ((64, 0, 0), (64, 0, 1), (32, 1, 0))
     assert asked == [(images, 2, batch, (7, stage, epoch)) for batch, stage, epoch in places]
     assert shapes == [(64, 3, 32, 32)] * 5 + [(64, 3, 40, 40)] * 5 + [(32, 3, 48, 48)] * 10
