@@ -37,7 +37,7 @@ from data import TRAIN_IMAGES
 from harness import cost, files, scoring
 from harness.baseline import CLASS_COUNT, CORES, Baseline, Job, load, timed
 from harness.cli import MACHINE_FLAGS, Runtime, add_flags, file_path, machine_settings, whole_number
-from harness.machine import start_machine
+from harness.machine import choose_device, start_machine
 from harness.text import duration
 from recipes import RECIPES, Recipe, Stage, build_network
 from train import Trainer
@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     runtime = machine_settings(parser, args)
     recipe, machine = RECIPES[args.recipe], start_machine(runtime)
     load(args.data_dir)
+    if args.json:
+        files.try_to_write_in(args.json.parent)  # before anything is measured
     how = ", compiled" if machine.compile else ""
     print(f"{machine}{how}, {CORES} cores, PyTorch {torch.__version__}", flush=True)
     steps = args.steps or (100 if machine.device.type == "cuda" else 2)
@@ -203,17 +205,17 @@ class Process:
         return getattr(Process._side, method)()
 
     @staticmethod
-    def peak_memory() -> int:
+    def peak_memory() -> int | None:
         """Peak memory so far, in bytes: on CUDA of the GPU's tensors, else of this process without loader workers.
 
-        0 on Windows, which keeps no such count.
+        None on Windows, which keeps no such count.
         """
         if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
             return torch.cuda.max_memory_allocated()
         try:
             import resource
         except ImportError:
-            return 0
+            return None
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -235,7 +237,9 @@ def measure(job: Job, turns: int) -> dict[str, Any]:
     with errors.memory_reported(lambda: needs), contextlib.ExitStack() as stack:
         sides = [stack.enter_context(Process(kind, job)) for kind in (Baseline, ThisProject)]
         settling = {name: side.settle() for name, side in zip(SIDES, sides, strict=True)}
-        rows = [take_turns("views by one core", sides, turns, "views", 1)]
+        by_gpu = choose_device(job.runtime.device).type == "cuda"
+        makers = "views, usual by one core, here by the GPU" if by_gpu else "views by one core"
+        rows = [take_turns(makers, sides, turns, "views", 1)]
         rows.append(take_turns("training step", sides, turns, "train_steps"))
         rows.append(take_turns("end to end", sides, turns, "end_to_end"))
         memory = {name: side.ask(Process.peak_memory) for name, side in zip(SIDES, sides, strict=True)}
@@ -273,12 +277,13 @@ def markdown(point: dict[str, Any]) -> str:
         "times faster",
     ]
     lines = [" | ".join(cells) for cells in (header, ["---", *["---:"] * 3], *map(cells_of, point["rows"]))]
-    product, memory = point["matmul_tflops"], {side: f"{n / 2**30:.2f}" for side, n in point["peak_memory"].items()}
+    product, peak = point["matmul_tflops"], point["peak_memory"]
+    memory = [f"{peak[side] / 2**30:.2f}" for side in SIDES if peak[side] is not None]
     reached = {side: f"{tflops:.3g} ({tflops / product:.0%})" for side, tflops in point["step_tflops"].items()}
     return "\n".join(f"| {line} |" for line in lines) + (
         f"\n\nTFLOP/s of the step: usual {reached['usual']}, this project {reached['this project']}; "
         f"of a matrix product in this precision: {product:.3g}. "
-        f"Peak memory: {memory['usual']} and {memory['this project']} GiB. "
+        f"Peak memory: {' and '.join(memory) + ' GiB' if memory else 'not known here'}. "
         f"Steps to settle: {point['steps_to_settle']['usual']} and {point['steps_to_settle']['this project']}."
     )
 

@@ -121,7 +121,8 @@ def read_file(path: Path, spec: FileSpec) -> bytearray:
             complete = file.readinto(content) == spec.bytes
     except OSError as error:
         raise RunError(f"cannot read {path}: {reason(error)}; name another folder with --data-dir") from error
-    way_out = "delete it so that it is fetched again, or name another folder with --data-dir"
+    anew = "so that it is fetched again" if path.name.startswith("train") else "and put the official one there"
+    way_out = f"delete it {anew}, or name another folder with --data-dir"
     if not complete:
         raise RunError(f"{path} has {size:,} bytes, expected {spec.bytes:,}: {way_out}")
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
@@ -218,7 +219,7 @@ def _require(paths: Iterable[Path]) -> None:
         names = " and ".join(path.name for path in absent)
         raise MissingFiles(
             f"{names} not found in {absent[0].parent}: name the folder that holds {FOLDER}/ with --data-dir, "
-            "or try --demo, which needs no files"
+            "or try `train.py --demo`, which needs no files"
         )
 
 

@@ -61,12 +61,14 @@ def main(argv: list[str] | None = None) -> int:
     paths = checkpoints_of(parser, args)
     machine = start_machine(machine_settings(parser, args))
     sides = [[checkpoint.load_network(path) for path in side] for side in paths]
-    networks = sides[0]
+    networks, everyone = sides[0], [network for side in sides for network in side]
     out = args.out or default_folder(args, networks)
-    for network in (network for side in sides for network in side):
+    for network in everyone:
         refuse_among_pictures(parser, out, recorded_source(network.file, args.data_dir, args.images).images)
+    if not args.out and len(everyone) > 1:  # one alone has a folder of its own
+        ownership.require_own_report(out, everyone)
     if args.split == "test":
-        scoring_ledger.warn(dict.fromkeys(network.file.parent for side in sides for network in side))
+        scoring_ledger.warn(dict.fromkeys(network.file.parent for network in everyone))
     files.make_folder(out)
     earlier = ownership.pictures_written(out)
     evaluated: list[list[Evaluation]] = [[] for _ in sides]
@@ -78,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
                 if args.split == "test":
                     note_scoring(members, evaluation)  # or it is not shown: nobody is to lose count
                 evaluations.append(evaluation)
-            if len({averaged_over(network.recipe) for network in side}) > 1:
+            if len({(averaged_over(each.recipe), each.classes, each.images.get("digest")) for each in side}) > 1:
                 print("warning: these networks differ in more than their seeds and splits", file=sys.stderr)
         entries, *opposed = entries_of(evaluated)
         drawn = len(entries) == 1 and not opposed and args.protocol == "clean"
@@ -187,9 +189,11 @@ def checkpoints_of(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     if args.against and not args.ensemble and len(args.against) != len(args.networks):
         parser.error(f"--against takes as many networks as stand before it, {len(args.networks)}: pairs are compared")
     paths = [[checkpoint.weights_file(path, args.best) for path in side] for side in sides]
-    every = [files.identity(path) for side in paths for path in side]
-    if len(set(every)) < len(every):
-        parser.error("the same network is given twice")
+    known: dict[object, Path] = {}
+    for path in (path for side in paths for path in side):
+        first = known.setdefault(files.identity(path), path)
+        if first is not path:
+            parser.error(f"the same network is given twice, as {first} and {path}")
     return paths
 
 

@@ -164,7 +164,8 @@ def train_epochs(trainer: "Trainer", run: RunFolder, split: Split, interrupt: In
         if run.epochs_done < recipe.epochs:
             train_seconds = trained_at - began - progress.cold_seconds  # without compiling
             rest_seconds = time.monotonic() - trained_at  # validation, checkpoint, plots
-            interrupt.stop_if_out_of_time(next_epoch_seconds(recipe, run.epochs_done, train_seconds, rest_seconds))
+            next_seconds = next_epoch_seconds(recipe, run.epochs_done, train_seconds, rest_seconds)
+            interrupt.stop_if_out_of_time(next_seconds + progress.compile_seconds(run.epochs_done))
 
 
 class EpochResult(NamedTuple):

@@ -51,7 +51,7 @@ class Runtime:
 
     def __post_init__(self) -> None:
         check_limits(self)
-        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
+        if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d?))?", self.device):
             why = ": a Mac's GPU is not supported" if self.device == "mps" else ""
             raise ValueError(f"device is cpu, cuda, cuda:1 … or auto, not {self.device!r}{why}")
 

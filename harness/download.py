@@ -85,7 +85,7 @@ def _download(url: str, folder: Path, specs: Specs, missing: set[str], pauses: S
             if pause is None:
                 raise RunError(
                     f"cannot fetch {_names(missing)} from {url}: {_cause(error)}; try again later, put {ARCHIVE} into "
-                    f"{folder.parent}, name a folder that holds {FOLDER}/ with --data-dir, or try --demo"
+                    f"{folder.parent}, name a folder that holds {FOLDER}/ with --data-dir, or try `train.py --demo`"
                 ) from error
             print(f"the transfer broke ({_cause(error)}): next attempt in {pause:g} s", file=sys.stderr)
             time.sleep(pause)

@@ -5,6 +5,7 @@ from __future__ import annotations  # so that a Python too old for the rest gets
 import codecs
 import contextlib
 import errno
+import importlib.util
 import io
 import os
 import re
@@ -19,11 +20,13 @@ from types import TracebackType
 from harness.text import escape, printable
 
 OLDEST_PYTHON = (3, 11)
+PACKAGES = ("torch", "numpy", "matplotlib", "tqdm", "filelock", "PIL")  # without which no command works
 WINDOWS_NO_MEMORY = (8, 14, 1455)  # the last: "The paging file is too small"
-# what PyTorch's allocators on CPU and CUDA, cuBLAS, cuDNN, oneDNN, C++ and the dynamic linker say
+# what PyTorch's allocators on CPU and CUDA, its loaders' workers, cuBLAS, cuDNN, oneDNN, C++ and the dynamic linker say
 NO_MEMORY = re.compile(
     r"can'?t allocate memory|cannot allocate memory|not enough memory|out of memory|alloc_failed|bad_alloc"
-    r"|failed to map segment|could not (create|execute) a primitive$|FIND was unable to find an engine",
+    r"|failed to map segment|shared memory|DataLoader worker .*(killed|exited unexpectedly)"
+    r"|could not (create|execute) a primitive$|FIND was unable to find an engine",
     re.IGNORECASE,
 )
 
@@ -75,15 +78,19 @@ def before_imports() -> None:
     """Prepare a command's process for its heavy imports, which take seconds: to be called before them.
 
     Until `report` takes over, Ctrl-C ends the process without a word, as there is nothing to save nor to explain. An
-    older Python, too little memory for the imports, and a TQDM_… variable or a matplotlibrc that cannot be used are one
-    line and status 1.
+    older Python, a package that is missing, too little memory for the imports, and a TQDM_… variable or a matplotlibrc
+    that cannot be used are one line and status 1.
     """
-    # not where a shell has it ignored, after `&`, nor in a notebook, whose kernel it would end
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler and "ipykernel" not in sys.modules:
+    # not where a shell has it ignored, after `&`, nor in a notebook or at a Python prompt, which it would end
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler and not in_a_session():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.version_info < OLDEST_PYTHON:
         oldest, this = (".".join(map(str, version[:2])) for version in (OLDEST_PYTHON, sys.version_info))
         sys.exit(_fail(f"this needs Python {oldest} or newer, and here is {this}; use another environment"))
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        way_out = "activate the environment that has been made for it, or pip install -r requirements.txt"
+        sys.exit(_fail(f"{' and '.join(missing)} cannot be imported by {sys.executable}: {way_out}"))
     sys.excepthook = _report_memory
     os.environ["MATPLOTLIBRC"] = os.devnull  # plots have their own style: a user's settings do not matter
     _require_readable_matplotlibrc()
@@ -96,6 +103,11 @@ def before_imports() -> None:
     except (KeyError, ValueError, IndexError) as error:  # tqdm reads its variables at the import, and uses some later
         names = ", ".join(sorted(name for name in os.environ if name.startswith("TQDM_")))
         sys.exit(_fail(f"tqdm cannot use what the environment says in {names} ({reason(error)}); unset it"))
+
+
+def in_a_session() -> bool:
+    """Whether the process goes on after the command: a notebook's kernel, IPython, or Python with -i."""
+    return bool({"ipykernel", "IPython"} & sys.modules.keys()) or hasattr(sys, "ps1") or bool(sys.flags.interactive)
 
 
 def _require_readable_matplotlibrc() -> None:
@@ -140,6 +152,7 @@ def report(main: Callable[[], int | None]) -> int:
         status = stop.code
     except Exception as error:
         if is_out_of_memory(error):
+            traceback.clear_frames(error.__traceback__)  # what the work held: to say so takes memory, too
             status = _fail(_no_memory(error))
         elif isinstance(error, OSError):  # of a file that nobody foresaw trouble with, or of a print
             status = _fail(_cause(error))

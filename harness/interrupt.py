@@ -4,13 +4,12 @@ import contextlib
 import math
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
-from harness import distributed
+from harness import distributed, errors
 
 STOPPED_BY_TIME = 3  # exit status
 # Seconds in which one and the same request to stop may come twice: torchrun passes on what a terminal has sent to all
@@ -34,7 +33,7 @@ class Interrupt:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Meanwhile a signal is noted, and only a second one ends the process at once (in a notebook: the cell).
+        """Meanwhile a signal is noted, and only a second one ends the process at once (in a session: the command).
 
         One that is ignored, as a shell has Ctrl-C for what it runs in the background, stays so.
 
@@ -61,7 +60,7 @@ class Interrupt:
         if not self.received:
             self.received, self._came = number, now
         elif now > self._came + (ECHO if self.world == 1 else TORCHRUN_ECHO):
-            if "ipykernel" in sys.modules:  # the process is the notebook's, with all that it holds
+            if errors.in_a_session():  # the process is the notebook's or the prompt's, with all that it holds
                 raise KeyboardInterrupt
             if os.name == "nt":  # where os.kill would end the process with the signal's number as its status
                 os._exit(128 + number)

@@ -119,6 +119,11 @@ def start_machine(runtime: Runtime) -> Machine:
     rank, world, local_rank = distributed.rank_and_world()
     device = choose_device(runtime.device)
     if world > 1 and device.type == "cuda":
+        cards = torch.cuda.device_count()
+        if local_rank >= cards:
+            raise RunError(
+                f"each process takes a GPU of its own, and this machine has {cards}: torchrun --nproc-per-node {cards}"
+            )
         device = choose_device(f"cuda:{local_rank}")
     own = own_threads()  # noted before the first run changes them
     threads = runtime.threads or own

@@ -6,13 +6,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import scoring_ledger
-from harness.checkpoint import WEIGHTS
+from harness import files, scoring_ledger
+from harness.checkpoint import WEIGHTS, TrainedNetwork
 from harness.errors import RunError
-from harness.files import rename
 from harness.report import PICTURES, REPORT
 from harness.tensorboard_log import EVENT_FILES
-from harness.text import listed
+from harness.text import listed, printable
 
 BEFORE_FIRST_EPOCH = ("config.json", "views-stage[0-9].png")  # what a run writes before it has a state to continue
 RUN_FILES = (
@@ -61,7 +60,7 @@ def remove_run(folder: Path) -> None:
     """
     (folder / "previous.pt").unlink(missing_ok=True)
     with contextlib.suppress(FileNotFoundError):
-        rename(folder / "last.pt", folder / OVERWRITTEN)
+        files.rename(folder / "last.pt", folder / OVERWRITTEN)
     for path in _matching(folder, (*RUN_FILES, scoring_ledger.FILE)):
         path.unlink()
     for report in _matching(folder, [f"evaluation-*/{REPORT}"]):
@@ -91,6 +90,20 @@ def pictures_written(folder: Path) -> Sequence[str]:
     if foreign:
         raise RunError(f"{folder} holds {listed(foreign)}, which no evaluation wrote; name another folder with --out")
     return [name for name in PICTURES if name in pictures]
+
+
+def require_own_report(folder: Path, networks: Iterable[TrainedNetwork]) -> None:
+    """Raise RunError where the report in a folder has figures of others than `networks`, which would be lost."""
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        entries = [*report["networks"], *report.get("against", {"networks": []})["networks"]]
+        scored = [(member["checkpoint"], member["sha256"]) for entry in entries for member in entry["members"]]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # none, or not of these networks' kind
+        return
+    paths, digests = zip(*((files.identity(network.file), network.sha256) for network in networks), strict=True)
+    for path, digest in scored:
+        if digest not in digests and files.identity(Path(path)) not in paths:
+            raise RunError(f"{folder} holds the figures of {printable(path)} too; name another folder with --out")
 
 
 def remove_evaluation(folder: Path, pictures: Iterable[str]) -> None:

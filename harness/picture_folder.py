@@ -59,6 +59,7 @@ def load_test(folder: Path, size: int) -> tuple[DataSet, DataSet | None]:
     passed = PassedOver()
     layout = picture_split.find_layout(folder, passed)
     if layout.test is None:
+        _look_into(folder, PassedOver())  # or say why it cannot be read
         raise RunError(f"{printable(folder)} holds no folder named test with class folders in it")
     listing = _list(layout.test, passed)
     for line in passed.lines(folder):
@@ -78,11 +79,15 @@ def load_test(folder: Path, size: int) -> tuple[DataSet, DataSet | None]:
     return test, others
 
 
-def _list(folder: Path, passed: PassedOver) -> Listing:
+def _look_into(folder: Path, passed: PassedOver) -> tuple[list[Path], list[Path]]:
     try:
-        folders, loose = picture_search.look_into(folder, passed)
+        return picture_search.look_into(folder, passed)
     except OSError as error:
         raise RunError(f"cannot read the folder {printable(folder)}: {reason(error)}") from error
+
+
+def _list(folder: Path, passed: PassedOver) -> Listing:
+    folders, loose = _look_into(folder, passed)
     for path in loose:
         passed.add(picture_search.OUTSIDE, path)
     members: dict[str, list[Path]] = {}

@@ -132,6 +132,7 @@ def comparison(path: Path, runs: Mapping[str, Sequence[Row]], *, title: str) -> 
         epochs, values = scored[name]
         style = {"color": CYCLE[index % len(CYCLE)], "ls": ("-", "--", ":", "-.")[index // len(CYCLE) % 4]}
         label = f"{_name(name, 40)}: best {max(values):.1%}, last {values[-1]:.1%}"
+        label = f" {label}" if label.startswith("_") else label  # which matplotlib would leave out of the legend
         axes.plot(epochs, values, lw=1.3, label=label, **style, **_mark(epochs))
     if len(scored) > NAMED_RUNS:
         axes.plot([], [], lw=0.8, color="#BBBBBB", label=f"{len(scored) - NAMED_RUNS} others")

@@ -41,6 +41,7 @@ class Progress:
         self.samples_per_second, self.cold_seconds = 0.0, 0.0
         self._forecast_of: int | None = None  # the stage whose end has been announced
         self._compiled: set[tuple[int, int]] = set()  # sizes in px and batches
+        self._compile_seconds = 0.0  # as long as the last time
 
     @contextlib.contextmanager
     def epoch(self, epochs_done: int, rows: Sequence[Mapping[str, Any]]) -> Iterator[Callable[[], None]]:
@@ -82,7 +83,13 @@ class Progress:
         seconds = time.perf_counter() - began
         extra = cold - cold_steps * clock.step_seconds if compiles and clock.step_seconds else 0.0
         self.cold_seconds = min(max(extra, 0.0), seconds)
+        self._compile_seconds = self.cold_seconds or self._compile_seconds
         self.samples_per_second = steps * stage.batch / max(seconds - self.cold_seconds, 1e-9)
+
+    def compile_seconds(self, epochs_done: int) -> float:
+        """Seconds to expect of compiling in the epoch after `epochs_done` finished ones: as long as last time, or 0."""
+        shape = (self.recipe.crop_size_at(epochs_done), self.recipe.stage_at(epochs_done).batch)
+        return self._compile_seconds if self.machine.compile and shape not in self._compiled else 0.0
 
     def forecast(self, epochs_done: int, samples_per_second: float) -> str:
         """When stage and run will end, by the samples per second of the epoch after `epochs_done` finished ones.

@@ -153,7 +153,7 @@ class RunFolder:
             **self.machine.as_dict(),
             "versions": {
                 "python": platform.python_version(),
-                **{name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy", "matplotlib")},
+                **{name: _version(name) for name in ("torch", "torchvision", "numpy", "matplotlib")},
             },
             "git": _revision(),
         }
@@ -336,6 +336,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(each) for each in value]
     return str(value.absolute()) if isinstance(value, Path) else value
+
+
+def _version(package: str) -> str | None:
+    """The version of a package; None where it is not installed, as torchvision need not be for training."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
 
 
 def _revision() -> str | None:

@@ -40,7 +40,7 @@ def logits(
     """Score uint8 images (N, 3, H, W) at `size` px in eval mode; float32 (N, K) on the model's device.
 
     The images may be on another device: they are moved one batch at a time, of `batch` images, or fewer where a GPU
-    scores them at more than 96 px.
+    scores them at more than 96 px, a CPU at more than 144.
 
     `mirror`: each image is also scored flipped left to right and the result is `average` of the two.
     `precision`: the autocast type (torch.bfloat16); None or torch.float32 calculates in float32.
@@ -49,8 +49,8 @@ def logits(
     if len(images) == 0:
         raise ValueError("there are no images to score")
     device = next((parameter.device for parameter in model.parameters()), images.device)
-    if device.type == "cuda":  # a small card may not have the memory for as many large images
-        batch = max(1, min(batch, batch * 96**2 // size**2))
+    most = 96 if device.type == "cuda" else 144  # a small machine may not have the memory for as many large images
+    batch = max(1, min(batch, batch * most**2 // size**2))
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -54,7 +54,9 @@ def warn(folders: Iterable[Path]) -> None:
             ) from error
         if before:
             times = "once" if len(before) == 1 else f"{len(before)} times"
-            last = f"last {before[-1].get('date')}: accuracy {before[-1].get('accuracy')}"
+            members = before[-1].get("members", before[-1:])
+            scored = "".join(f"{Path(each['checkpoint']).name}, " for each in members if "checkpoint" in each)
+            last = f"last {before[-1].get('date')}: {scored}accuracy {before[-1].get('accuracy')}"
             print(
                 f"warning: {folder} was scored on test {times} before ({last}); test chooses nothing", file=sys.stderr
             )

@@ -16,8 +16,10 @@ class TensorBoardLog:
     def __init__(self, folder: Path) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             raise RunError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
+        except Exception as error:  # an old one raises anything beside newer packages
+            raise RunError(f"--tensorboard: {reason(error)}; pip install --upgrade tensorboard") from error
         try:
             str(folder).encode("utf-8")
         except UnicodeEncodeError as error:

@@ -274,6 +274,19 @@ def test_the_forecast_is_said_of_the_right_side(small, capsys, monkeypatch):
     assert "the recipe original trains on 4,000 images for 4.1 days, in the usual way for 40.7 days.\n" in said
 
 
+def test_what_cannot_be_written_is_said_before_anything_is_measured(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "measure", lambda *_: pytest.fail("measured"))
+    flags = [*"--device cpu --threads 1 --json".split(), str(tmp_path / "none" / "speed.json")]
+    assert benchmark.errors.report(lambda: benchmark.main(flags)) == 1
+    assert str(tmp_path / "none") in capsys.readouterr().err
+
+
+def test_memory_that_nobody_counts_is_no_figure():
+    uncounted = point(70, [10.0], [50.0]) | {"peak_memory": {"usual": None, "this project": None}}
+    assert "Peak memory: not known here. Steps" in benchmark.markdown(uncounted)
+    assert "Peak memory: 1.00 and 1.50 GiB. Steps" in benchmark.markdown(point(70, [10.0], [50.0]))
+
+
 def test_this_projects_side_works_at_the_sizes_of_the_job(small):
     mine, seen = ThisProject(job()), []
     mine.trainer.net.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape)))

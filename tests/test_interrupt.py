@@ -28,7 +28,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 
 @pytest.fixture(autouse=True)
 def handlers_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)  # another test may have loaded it
+    for name in ("ipykernel", "IPython"):  # another test may have loaded them
+        monkeypatch.delitem(sys.modules, name, raising=False)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():

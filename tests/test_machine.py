@@ -201,6 +201,15 @@ def test_threads_are_no_more_than_the_container_may_use(quota, threads, monkeypa
     assert machine_module.own_threads.__wrapped__() == 8
 
 
+def test_more_processes_than_cards_are_refused(restored, monkeypatch):
+    for name, value in {"RANK": 2, "WORLD_SIZE": 3, "LOCAL_RANK": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(machine_module, "choose_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(RunError, match="this machine has 2: torchrun --nproc-per-node 2"):
+        start_machine(Runtime())
+
+
 @pytest.mark.parametrize("world, place, card", [(1, (0, 1), 0), (4, (3, 4), 1)])
 def test_each_process_has_the_card_of_its_place_on_its_machine(world, place, card, restored, monkeypatch):
     """Several capture no graphs, which could not wait for each other's gradients."""

@@ -73,7 +73,7 @@ def test_an_empty_path_is_a_wrong_flag_and_not_the_current_folder(main, words, e
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("device", ["nosuch", "gpu", "", "mps", "cuda:", "cuda:x", "cuda:-1", "cpu:7", "CPU"])
+@pytest.mark.parametrize("device", "nosuch gpu mps cuda: cuda:x cuda:-1 cuda:01 cuda:256 cpu:7 CPU".split() + [""])
 def test_a_device_that_cannot_be_is_a_wrong_flag(device: str, tiny_run, picture, capsys) -> None:
     for main, words in ((train.main, ["--demo"]), (predict.main, [tiny_run, picture]), (evaluate.main, [tiny_run])):
         said = status_2(main, capsys, *words, f"--device={device}")

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import picture_folders
 import pytest
 import torch
 
@@ -166,3 +167,34 @@ def test_the_table_says_which_figure_and_which_side_is_which() -> None:
         f"accuracy 60.0% ± 14.1% at 40 px {means} before --against)",
         f"accuracy 30.0% ± 14.1% at 40 px {means} behind it)",
     ]
+
+
+def test_the_report_of_other_networks_is_not_replaced_unasked(tiny_runs, tmp_path, capsys) -> None:
+    first, second = tiny_runs
+    a, b, c = (
+        Path(shutil.copytree(run, tmp_path / name)) for run, name in ((first, "a"), (second, "b"), (second, "c"))
+    )
+    assert run(a, b) == 0
+    before = (tmp_path / "evaluation-val" / "report.json").read_bytes()
+    checkpoint.save(c / "last.pt", checkpoint.load(c / "last.pt") | {"epoch": 3})  # another network than b's
+    assert run(a, c) == 1
+    assert f"{tmp_path / 'evaluation-val'} holds the figures of {b / 'last.pt'} too; name" in capsys.readouterr().err
+    assert (tmp_path / "evaluation-val" / "report.json").read_bytes() == before
+    assert run(a, b, c) == 0 and run(a, c, "--out", tmp_path / "evaluation-val") == 0  # they stay, and as asked
+    b.rename(tmp_path / "moved")
+    assert run(a, c) == 0 and run(a, tmp_path / "moved", "--out", tmp_path / "evaluation-val") == 0
+    (tmp_path / "moved").rename(tmp_path / "elsewhere")
+    assert run(a, tmp_path / "elsewhere") == 0  # the same file under another name
+    assert run(a, "--against", b.with_name("elsewhere")) == 0
+    assert run(a, "--against", c) == 1 and "holds the figures of" in capsys.readouterr().err
+
+
+def test_networks_of_other_pictures_are_no_seeds_of_one_run(tmp_path, capsys) -> None:
+    for start, name in enumerate("ab"):
+        pictures = picture_folders.fill(tmp_path / f"pictures-{name}", 6, start=500 * start)
+        (tmp_path / name).mkdir()
+        picture_folders.save_untrained(tmp_path / name / "last.pt", pictures, 32)
+        places = {"runtime": {"data_dir": str(tmp_path), "images": str(pictures)}}
+        (tmp_path / name / "config.json").write_text(json.dumps(places))
+    assert run(tmp_path / "a", tmp_path / "b") == 0
+    assert "these networks differ in more than their seeds and splits" in capsys.readouterr().err

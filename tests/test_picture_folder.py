@@ -306,6 +306,13 @@ def test_test_images_beside_other_pictures_than_the_networks_are_refused(tmp_pat
         load_test_images(trained, Source(Path("data"), images))
 
 
+def test_a_folder_that_is_not_there_is_not_said_to_lack_test(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="cannot read the folder .*nowhere: No such file"):
+        picture_folder.load_test(tmp_path / "nowhere", 32)
+    with pytest.raises(RunError, match="holds no folder named test"):
+        picture_folder.load_test(fill(tmp_path / "pictures", 2), 32)
+
+
 def test_test_images_of_other_classes_are_refused(tmp_path: Path, empty_plots: None) -> None:
     images = fill(tmp_path / "pictures", 4)
     assert train.main([*TINY, "--images", str(images), "--out", str(tmp_path / "run")]) == 0

@@ -143,6 +143,12 @@ def test_comparison_draws_each_run_in_its_own_colour(tmp_path):
     assert "seed 4: best 90.0%, last 81.0%" in words(figure)
 
 
+def test_a_run_whose_name_begins_with_an_underscore_is_in_the_legend(tmp_path):
+    runs = {name: made_up_rows(6, 0)[:3] for name in ("_baseline", "new")}
+    figure = plots.comparison(tmp_path / "comparison.png", runs, title="two")
+    assert [text.get_text().split(":")[0] for text in figure.axes[0].get_legend().get_texts()] == [" _baseline", "new"]
+
+
 def test_comparison_of_short_runs_shows_whole_epochs(tmp_path):
     figure = plots.comparison(tmp_path / "comparison.png", {"short": made_up_rows(6, 0)[:3]}, title="one")
     assert all(tick == round(tick) for tick in figure.axes[0].get_xticks())

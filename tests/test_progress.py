@@ -68,7 +68,8 @@ def test_an_epochs_rate_is_that_of_all_its_steps(clock: Clock):
 
 def test_compilation_is_no_part_of_a_rate_and_is_announced_once_a_crop_size(clock: Clock, capsys):
     watch = of(two_stages(), dataclasses.replace(PLAIN, compile=True))
-    for epochs_done, cold in ((0, 95.0), (1, 0.0), (2, 95.0)):
+    for epochs_done, cold, expected in ((0, 95.0, 0.0), (1, 0.0, 0.0), (2, 95.0, 95.0)):
+        assert watch.compile_seconds(epochs_done) == pytest.approx(expected)  # of a first one nothing is known
         run_epoch(watch, clock, [1.0 + cold / 5] * 5 + [1.0] * 45, epochs_done)
         assert watch.cold_seconds == pytest.approx(cold)
         assert watch.samples_per_second == pytest.approx(400 / 50)

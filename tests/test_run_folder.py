@@ -1,6 +1,7 @@
 """What a run leaves in its folder: pictures of training views, rates, notes and the summary."""
 
 import errno
+import importlib.metadata
 import json
 import os
 import re
@@ -253,3 +254,17 @@ def test_what_is_printed_of_an_epoch_is_its_row(tmp_path: Path, small_demo, empt
     for row, (epoch, *values) in zip(checkpoint.load(tmp_path / "run" / "last.pt")["rows"], found, strict=True):
         expected = [row["train_loss"], 100 * row["train_accuracy"], row["val_loss"], 100 * row["val_accuracy"]]
         assert int(epoch) == row["epoch"] and list(map(float, values)) == pytest.approx(expected, abs=0.051)
+
+
+def test_a_package_that_training_does_without_need_not_be_there(tmp_path, small_demo, empty_plots, monkeypatch):
+    version = importlib.metadata.version
+
+    def without_torchvision(name: str) -> str:
+        if name == "torchvision":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without_torchvision)
+    assert trained(tmp_path / "run") == 0
+    versions = json.loads((tmp_path / "run" / "config.json").read_text())["versions"]
+    assert versions["torchvision"] is None and versions["torch"] == version("torch")

@@ -57,6 +57,12 @@ def test_logits_are_those_of_eval_mode_in_any_batches(images, batch):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_large_images_come_in_smaller_batches():
+    model = Tiny()
+    scoring.logits(model, torch.zeros(25, 3, 24, 24, dtype=torch.uint8), 288, batch=40)  # twice 144 px
+    assert [shape[0] for shape, _ in model.seen] == [10, 10, 5]
+
+
 def test_modes_of_all_parts_are_given_back(images):
     model = Tiny().train()
     model.bn.eval()

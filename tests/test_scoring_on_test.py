@@ -108,8 +108,8 @@ def test_every_network_of_an_ensemble_or_a_pair_is_counted_and_warned_of(tiny_ru
 
 def test_the_warning_is_of_the_last_scoring(tmp_path, capsys):
     for accuracy_then in (0.25, 0.75):
-        scoring_ledger.add(tmp_path, accuracy=accuracy_then)
+        scoring_ledger.add(tmp_path, checkpoint=f"a/{accuracy_then}.pt", accuracy=accuracy_then)
     first, second = scoring_ledger.read(tmp_path)
     assert (first["accuracy"], second["accuracy"]) == (0.25, 0.75)
     scoring_ledger.warn([tmp_path])
-    assert f"2 times before (last {second['date']}: accuracy 0.75)" in capsys.readouterr().err
+    assert f"2 times before (last {second['date']}: 0.75.pt, accuracy 0.75)" in capsys.readouterr().err

@@ -46,3 +46,13 @@ def test_missing_package_is_asked_for_in_one_sentence(tmp_path: Path, monkeypatc
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     with pytest.raises(RunError, match="^--tensorboard needs the package tensorboard: pip install tensorboard$"):
         train.main(command(tmp_path))
+
+
+def test_a_package_that_cannot_be_used_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Old:
+        def __getattr__(self, name: str) -> object:
+            raise TypeError("Descriptors cannot be created directly")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Old())
+    with pytest.raises(RunError, match="^--tensorboard: Descriptors cannot be created directly; pip install --upgrade"):
+        train.main(command(tmp_path))

@@ -1,6 +1,7 @@
 """What a command meets before and beside its work: Ctrl-C, odd terminals and environments, and too little memory."""
 
 import errno
+import importlib.util
 import io
 import json
 import os
@@ -87,6 +88,17 @@ def test_a_shell_that_ignores_ctrl_c_is_obeyed() -> None:
 # the environment
 
 
+def test_packages_that_are_missing_are_named_with_the_way_out(monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("torch", "PIL") else find(name))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as stop:
+        errors.before_imports()
+    assert stop.value.code == 1
+    said = one_line(capsys.readouterr().err)
+    assert f"torch and PIL cannot be imported by {sys.executable}: activate" in said and "requirements.txt" in said
+
+
 @pytest.mark.parametrize(
     ("variable", "value"),
     [("TQDM_MININTERVAL", "abc"), ("TQDM_NCOLS", "wide"), ("TQDM_BAR_FORMAT", "{nothing}"), ("TQDM_MINITERS", "1,5")],
@@ -118,6 +130,11 @@ def test_tqdm_variables_that_tqdm_cannot_use(variable: str, value: str) -> None:
         RuntimeError("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to …"),
         ImportError("libtorch_cpu.so: failed to map segment from shared object"),
         RuntimeError("could not create a primitive"),
+        RuntimeError(
+            "Caught RuntimeError in DataLoader worker process 0.\nunable to allocate shared memory(shm) for …"
+        ),
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+        RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"),
     ],
 )
 def test_out_of_memory_is_recognised(error: BaseException, capsys: pytest.CaptureFixture) -> None:
@@ -151,18 +168,21 @@ def test_windows_own_words_for_too_little_memory_are_known(capsys: pytest.Captur
     test_out_of_memory_is_recognised(error, capsys)
 
 
-def test_a_notebooks_own_way_to_stop_a_cell_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sessions_own_way_to_stop_a_command_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setenv("MATPLOTLIBRC", os.devnull)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        for in_a_notebook, left in ((True, signal.default_int_handler), (False, signal.SIG_DFL)):
+        for session in ("ipykernel", "IPython", "ps1", None):
             with monkeypatch.context() as patch:
-                patch.delitem(sys.modules, "ipykernel", raising=False)
-                if in_a_notebook:
-                    patch.setitem(sys.modules, "ipykernel", sys)
+                for name in ("ipykernel", "IPython"):
+                    patch.delitem(sys.modules, name, raising=False)
+                if session == "ps1":
+                    patch.setattr(sys, "ps1", ">>> ", raising=False)
+                elif session:
+                    patch.setitem(sys.modules, session, sys)
                 errors.before_imports()
-                assert signal.getsignal(signal.SIGINT) is left
+                assert signal.getsignal(signal.SIGINT) is (signal.default_int_handler if session else signal.SIG_DFL)
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -34,6 +34,26 @@ def test_time_limit_knows_that_larger_views_take_longer(
     assert len(state["rows"]) == (1 if stops else 2)
 
 
+@pytest.mark.parametrize(("minutes", "stops"), [(44, True), (45, False)])
+def test_time_limit_knows_that_the_next_size_is_to_be_compiled(
+    minutes: int, stops: bool, tmp_path: Path, small_demo: None, empty_plots: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of two epochs takes 1000 s; the second as long and 700 s more."""
+    now, train_epoch = 0.0, train.Trainer.train_epoch
+
+    def slow(*args: object) -> train.EpochResult:
+        nonlocal now
+        now += 1000
+        return train_epoch(*args)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(train.Trainer, "train_epoch", slow)
+    monkeypatch.setattr(train.Progress, "compile_seconds", lambda progress, epochs_done: {1: 700.0}[epochs_done])
+    place = ["--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
+    argv = [*TINY_RUN, "--epochs", "2", "0", "--max-minutes", str(minutes), *place]
+    assert train.main(argv) == (STOPPED_BY_TIME if stops else 0)
+
+
 @pytest.mark.parametrize(
     ("minutes", "cold", "stops"), [(54, 0.0, True), (56, 0.0, False), (48, 400.0, True), (49, 400.0, False)]
 )
