@@ -29,6 +29,7 @@ NO_MEMORY = re.compile(
     r"|could not (create|execute) a primitive$|FIND was unable to find an engine",
     re.IGNORECASE,
 )
+PLACE_IN_SOURCE = re.compile(r"^\[enforce fail[^]]*] [^.]*\. ")  # compiled here, as later there may be no memory to
 
 
 class RunError(Exception):
@@ -184,7 +185,7 @@ def _interrupts_raised() -> Iterator[None]:
 
 
 def _no_memory(error: BaseException) -> str:
-    words = re.sub(r"^\[enforce fail[^]]*] [^.]*\. ", "", reason(_lack_of_memory(error)))  # a place in its source
+    words = PLACE_IN_SOURCE.sub("", reason(_lack_of_memory(error)))
     return f"there is not enough memory ({words}); end other programs, or use a machine that has more"
 
 

@@ -137,7 +137,8 @@ def start_machine(runtime: Runtime) -> Machine:
         torch.backends.cudnn.allow_tf32 = True
     else:
         _keep_memory()
-    torch.use_deterministic_algorithms(runtime.deterministic)  # a notebook's next run must not have this one's
+    if runtime.deterministic != torch.are_deterministic_algorithms_enabled():  # by the run before, in a notebook
+        torch.use_deterministic_algorithms(runtime.deterministic)  # which imports the compiler: seconds
     if runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads any; it doubles the launches

@@ -11,6 +11,7 @@ import os
 import resource
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def limited(margin: int, main: Callable[[], object]) -> tuple[int, str]:
                 status = errors.report(main)
                 sys.stderr.flush()
             except BaseException:
+                traceback.print_exc()
                 status = 99
             os._exit(status)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
