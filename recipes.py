@@ -340,7 +340,7 @@ GPU = dataclasses.replace(
     stages=(Stage(epochs=64, crop_size=(48, 64, 80, 96), eval_size=128, batch=128, lr=0.5),),
     average=0.9996,
 )
-# The whole path on drawn shapes. `train.py --demo`: 18 thousand samples, about a minute on two CPU cores; 78 to 84 %,
+# The whole path on drawn shapes. `train.py --demo`: 18 thousand samples, about a minute on two CPU cores; 77 to 84 %,
 # depending on the number of threads, which changes the order of summation.
 DEMO = Recipe(
     name="demo",

@@ -2,6 +2,8 @@ import functools
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +55,14 @@ def emulated_card(monkeypatch: pytest.MonkeyPatch) -> str:
     if "FAKECUDA" not in os.environ:
         pytest.skip("needs an emulated CUDA device: set FAKECUDA to the program that starts Python with one")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    build(os.environ["FAKECUDA"])
     return os.environ["FAKECUDA"]
+
+
+@functools.cache
+def build(emulator: str) -> None:
+    """Its first call on a machine builds it, and leaves the folder that it was called in."""
+    subprocess.run([emulator, sys.executable, "-c", ""], check=True)
 
 
 drawn_once = functools.cache(demo_shapes.draw_shapes)
