@@ -13,11 +13,20 @@ from harness import checkpoint
 from harness.interrupt import STOPPED_BY_TIME
 
 
-@pytest.mark.parametrize(("sizes", "stops"), [("32,32", False), ("32,64", True), ("64,32", False)])
-def test_time_limit_knows_that_larger_views_take_longer(
-    sizes: str, stops: bool, tmp_path: Path, small_demo: None, empty_plots: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("sizes", "compiling", "minutes", "stops"),
+    [
+        ("32,32", 0, 50, False),  # enough for views of the same size, not of twice it
+        ("32,64", 0, 50, True),
+        ("64,32", 0, 50, False),
+        ("32,32", 700, 44, True),  # seconds that the next size takes to compile count
+        ("32,32", 700, 45, False),
+    ],
+)
+def test_time_limit_knows_what_the_next_epoch_takes(
+    sizes: str, compiling: int, minutes: int, stops: bool, tmp_path: Path, small_demo, empty_plots, monkeypatch
 ) -> None:
-    """The first of two epochs takes 1000 s, and 2000 s are left: enough for views of the same size, not of twice it."""
+    """The first of two epochs takes 1000 s."""
     now, train_epoch = 0.0, train.Trainer.train_epoch
 
     def slow(*args: object) -> train.EpochResult:
@@ -27,31 +36,12 @@ def test_time_limit_knows_that_larger_views_take_longer(
 
     monkeypatch.setattr(time, "monotonic", lambda: now)
     monkeypatch.setattr(train.Trainer, "train_epoch", slow)
+    monkeypatch.setattr(train.Progress, "compile_seconds", lambda progress, epochs_done: {1: compiling}[epochs_done])
     place = ["--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
-    argv = [*TINY_RUN, "--epochs", "2", "0", "--crop-size", sizes, "32", "--max-minutes", "50", *place]
+    argv = [*TINY_RUN, "--epochs", "2", "0", "--crop-size", sizes, "32", "--max-minutes", str(minutes), *place]
     assert train.main(argv) == (STOPPED_BY_TIME if stops else 0)
     state, _ = checkpoint.resume(tmp_path / "run")
     assert len(state["rows"]) == (1 if stops else 2)
-
-
-@pytest.mark.parametrize(("minutes", "stops"), [(44, True), (45, False)])
-def test_time_limit_knows_that_the_next_size_is_to_be_compiled(
-    minutes: int, stops: bool, tmp_path: Path, small_demo: None, empty_plots: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first of two epochs takes 1000 s; the second as long and 700 s more."""
-    now, train_epoch = 0.0, train.Trainer.train_epoch
-
-    def slow(*args: object) -> train.EpochResult:
-        nonlocal now
-        now += 1000
-        return train_epoch(*args)
-
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    monkeypatch.setattr(train.Trainer, "train_epoch", slow)
-    monkeypatch.setattr(train.Progress, "compile_seconds", lambda progress, epochs_done: {1: 700.0}[epochs_done])
-    place = ["--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
-    argv = [*TINY_RUN, "--epochs", "2", "0", "--max-minutes", str(minutes), *place]
-    assert train.main(argv) == (STOPPED_BY_TIME if stops else 0)
 
 
 @pytest.mark.parametrize(
