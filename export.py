@@ -14,14 +14,16 @@ it was made of before it gets its name.
 import argparse
 import contextlib
 import copy
+import hashlib
 import importlib.util
 import json
 import logging
+import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from harness import errors
 
@@ -38,9 +40,11 @@ from harness.cli import add_best, file_path, refuse_among_pictures, refuse_idle_
 from harness.errors import RunError
 from harness.images import Source, load_for_network, recorded_source
 from model import SMALLEST_INPUT
+from recipes import Recipe
 
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 INPUT = f"RGB pixels from 0 to 255, float32 (N, 3, H, W), from {SMALLEST_INPUT} px"
+SOURCE = "of run {}"  # by its `run_digest`
 COUNTS = (1, 8)  # images in the batches that are compared
 
 Classify = Callable[[Tensor], Tensor]  # float32 pixels (N, 3, H, W), 0 … 255, to logits (N, K)
@@ -108,20 +112,33 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def require_replaceable(path: Path, trained: TrainedNetwork) -> None:
-    """Raise RunError if a file is there that no export wrote, or the very checkpoint that is exported."""
-    if path.exists() and (files.identity(path) == files.identity(trained.file) or not _is_export(path)):
-        raise RunError(f"{path} is there and was not written by export.py; name another folder with --out")
+    """Raise RunError if a file is there that is no export of the same run, or the very checkpoint that is exported."""
+    if not path.exists():
+        return
+    run = None if files.identity(path) == files.identity(trained.file) else _exported_run(path)
+    if run != run_digest(trained.state()):
+        what = "was not written by export.py" if run is None else "is not known to be of this run"
+        raise RunError(f"{path} is there and {what}; name another folder with --out")
 
 
-def _is_export(path: Path) -> bool:
-    """Whether a file holds the `INPUT` text of `metadata`, or weights alone in half precision."""
+def _exported_run(path: Path) -> str | None:
+    """The `run_digest` of the run whose export a file is; "" if the file does not say, None if it is no export."""
     try:
-        if INPUT.encode() in path.read_bytes():
-            return True
-        weights = checkpoint.load(path, "weights")["model"].values()
-        return all(value.dtype == torch.float16 for value in weights if value.ndim > 1)  # a kept best.pt's are not
-    except (OSError, RunError):
-        return False
+        content = path.read_bytes()
+        if INPUT.encode() in content:
+            found = re.search(SOURCE.format("([0-9a-f]{16})").encode(), content)
+            return found[1].decode() if found else ""
+        weights = checkpoint.load(path, "weights")
+        matrices = (value for value in weights["model"].values() if value.ndim > 1)
+        return run_digest(weights) if all(value.dtype == torch.float16 for value in matrices) else None
+    except (OSError, RunError, *checkpoint.MISMATCH_ERRORS):  # a kept best.pt's are not in half precision
+        return None
+
+
+def run_digest(state: Mapping[str, Any]) -> str:
+    """What tells runs apart, of a checkpoint's values: 16 hex digits over recipe (with its seed), classes and images."""
+    values = [Recipe.from_dict(state["recipe"]).as_dict(), state["classes"], state["images"]]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def sample(trained: TrainedNetwork, source: Source, required: bool) -> tuple[Tensor, str]:
@@ -185,6 +202,7 @@ def metadata(trained: TrainedNetwork) -> dict[str, str]:
         "eval_size": str(trained.eval_size),
         "recipe": trained.recipe.name,
         "epoch": str(trained.epoch),
+        "source": SOURCE.format(run_digest(trained.state())),
     } | ({"val_accuracy": str(trained.val_accuracy), "val_accuracy_tta": tta} if trained.selected else {})
 
 

@@ -122,6 +122,14 @@ def test_files_say_what_they_take_and_give(exported: Exported) -> None:
     assert "RGB pixels from 0 to 255, float32" in told["input"] and "logits" in told["output"]
 
 
+def test_a_file_is_known_by_its_run(exported: Exported, run: Path) -> None:
+    trained = checkpoint.load_network(run)
+    export.require_replaceable(exported.path, dataclasses.replace(trained, epoch=8))
+    other = dataclasses.replace(trained, recipe=dataclasses.replace(trained.recipe, seed=1))
+    with pytest.raises(RunError, match="is not known to be of this run; name another folder with --out"):
+        export.require_replaceable(exported.path, other)
+
+
 def test_a_selected_networks_accuracy_comes_with_how_it_was_scored(run: Path) -> None:
     trained = checkpoint.load_network(run)
     assert "val_accuracy" not in export.metadata(dataclasses.replace(trained, val_accuracy=None))
@@ -199,7 +207,7 @@ def test_torch_is_the_format_and_the_last_epoch_the_network_by_default(
 ) -> None:
     written = []
     form = export.FORMATS["torch"]._replace(
-        write=lambda trained, path: written.append(trained.file.name) or path.write_text(export.INPUT),
+        write=lambda trained, path: written.append(trained.file.name) or path.write_text(json.dumps(export.metadata(trained))),
         read=lambda path: export.Classifier(checkpoint.load_network(tiny_run, best=len(written) > 1).model),
     )
     monkeypatch.setitem(export.FORMATS, "torch", form)

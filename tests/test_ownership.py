@@ -1,5 +1,6 @@
 """Nothing that a run or an evaluation did not write is replaced or removed unasked; what it wrote goes with it."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -290,7 +291,7 @@ def test_what_is_no_report_is_not_taken_for_one(content: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["weights", "torch", "onnx"])
-def test_an_export_replaces_exports_alone(name: str, run: Path, tmp_path: Path) -> None:
+def test_an_export_replaces_exports_of_its_run_alone(name: str, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     path = out / export.FORMATS[name].file
@@ -298,8 +299,14 @@ def test_an_export_replaces_exports_alone(name: str, run: Path, tmp_path: Path) 
     path.write_bytes(b"of another project")
     with pytest.raises(RunError, match=f"{path.name} is there and was not written by export.py"):
         export.require_replaceable(path, network)
-    path.write_text(f"… {export.metadata(network)['input']} …")
-    export.require_replaceable(path, network)
+    path.write_text("… {input} … {source} …".format(**export.metadata(network)))
+    export.require_replaceable(path, dataclasses.replace(network, epoch=network.epoch + 1))
+    other = dataclasses.replace(network, recipe=dataclasses.replace(network.recipe, seed=9))
+    with pytest.raises(RunError, match=f"{path.name} is there and is not known to be of this run"):
+        export.require_replaceable(path, other)
+    path.write_text(f"… {export.INPUT} …")  # of a version that did not name the run
+    with pytest.raises(RunError, match=f"{path.name} is there and is not known to be of this run"):
+        export.require_replaceable(path, network)
 
 
 def test_an_export_does_not_replace_what_it_is_made_of(run: Path) -> None:
