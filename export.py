@@ -136,7 +136,7 @@ def _exported_run(path: Path) -> str | None:
 
 
 def run_digest(state: Mapping[str, Any]) -> str:
-    """What tells runs apart, of a checkpoint's values: 16 hex digits over recipe (with its seed), classes and images."""
+    """What tells runs apart, from a checkpoint's values: 16 hex digits over recipe, classes and images."""
     values = [Recipe.from_dict(state["recipe"]).as_dict(), state["classes"], state["images"]]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -122,7 +122,7 @@ def train_epochs(trainer: "Trainer", run: RunFolder, split: Split, interrupt: In
     recipe, machine, (dataset, train, val) = trainer.recipe, trainer.machine, split
     images = machine.hold(dataset.images)
     labels, val = dataset.labels.to(images.device), val.to(images.device)
-    progress = Progress(machine, recipe, trainer.net, run.images, len(dataset.classes))
+    progress = Progress(trainer.form, recipe, trainer.net, run.images, len(dataset.classes))
     while run.epochs_done < recipe.epochs:
         began = time.monotonic()
         stage_index, epoch = recipe.stage_and_epoch(run.epochs_done)

@@ -28,6 +28,11 @@ class CompiledForm(nn.Module):
             torch._dynamo.config.recompile_limit = 64  # one graph for each shape of a batch
             self._compiled = torch.compile(net, dynamic=False)
 
+    @property
+    def compiles(self) -> bool:
+        """Whether steps are compiled: not where the machine does not, nor once compiling has failed."""
+        return self._compiled is not None
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, K) of normalised images (N, 3, H, W)."""
         return self.net(x) if self._compiled is None else self._compiled(x)

@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from harness import cost
-from harness.machine import Machine
+from harness.compiled import CompiledForm
 from harness.picture_defaults import fit_views
 from harness.text import duration
 from model import count_parameters
@@ -33,9 +33,10 @@ class Progress:
     """
 
     def __init__(
-        self, machine: Machine, recipe: Recipe, net: nn.Module, images: Mapping[str, Any], classes: int
+        self, form: CompiledForm, recipe: Recipe, net: nn.Module, images: Mapping[str, Any], classes: int
     ) -> None:
-        self.machine, self.recipe, self.net, self.classes = machine, recipe, net, classes
+        self.form, self.recipe, self.net, self.classes = form, recipe, net, classes
+        self.machine = machine = form.machine
         self.images, self.val = images["train"], images["val"] * machine.world  # the leader scores alone
         self._cpu_recipe = fit_views(CPU, self.images) if "digest" in images else CPU
         self.samples_per_second, self.cold_seconds = 0.0, 0.0
@@ -52,7 +53,7 @@ class Progress:
         stage_index, epoch = self.recipe.stage_and_epoch(epochs_done)
         stage = self.recipe.stages[stage_index]
         size, steps = stage.crop_size_in(epoch), self.recipe.steps_per_epoch(stage, self.images)
-        compiles = self.machine.compile and (size, stage.batch) not in self._compiled
+        compiles = self.form.compiles and (size, stage.batch) not in self._compiled
         self._compiled.add((size, stage.batch))
         if compiles and self.machine.leads:
             print(f"compiling the step for {size} px …", flush=True)
@@ -89,7 +90,7 @@ class Progress:
     def compile_seconds(self, epochs_done: int) -> float:
         """Seconds to expect of compiling in the epoch after `epochs_done` finished ones: as long as last time, or 0."""
         shape = (self.recipe.crop_size_at(epochs_done), self.recipe.stage_at(epochs_done).batch)
-        return self._compile_seconds if self.machine.compile and shape not in self._compiled else 0.0
+        return self._compile_seconds if self.form.compiles and shape not in self._compiled else 0.0
 
     def forecast(self, epochs_done: int, samples_per_second: float) -> str:
         """When stage and run will end, by the samples per second of the epoch after `epochs_done` finished ones.

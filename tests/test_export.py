@@ -206,8 +206,13 @@ def test_torch_is_the_format_and_the_last_epoch_the_network_by_default(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = []
+
+    def write(trained: checkpoint.TrainedNetwork, path: Path) -> None:
+        written.append(trained.file.name)
+        path.write_text(json.dumps(export.metadata(trained)))
+
     form = export.FORMATS["torch"]._replace(
-        write=lambda trained, path: written.append(trained.file.name) or path.write_text(json.dumps(export.metadata(trained))),
+        write=write,
         read=lambda path: export.Classifier(checkpoint.load_network(tiny_run, best=len(written) > 1).model),
     )
     monkeypatch.setitem(export.FORMATS, "torch", form)

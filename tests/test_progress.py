@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from harness import cost, progress
+from harness.compiled import CompiledForm
 from harness.machine import Machine
 from harness.progress import COLD_STEPS, WARM_STEPS, Progress, WarmClock
 from harness.text import duration
@@ -36,7 +37,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def of(recipe: Recipe, machine: Machine = PLAIN, images: int = 400, **own) -> Progress:
-    return Progress(machine, recipe, build_network(recipe, 10), {"train": images, "val": 100} | own, 10)
+    net = build_network(recipe, 10)
+    return Progress(CompiledForm(net, machine), recipe, net, {"train": images, "val": 100} | own, 10)
 
 
 def run_epoch(watch: Progress, clock: Clock, seconds: list[float], epochs_done: int = 0) -> None:
@@ -77,6 +79,22 @@ def test_compilation_is_no_part_of_a_rate_and_is_announced_once_a_crop_size(cloc
     assert announced == ["compiling the step for 32 px …", "compiling the step for 48 px …"]
 
 
+def test_once_compiling_has_failed_none_is_announced_or_expected(clock: Clock, capsys):
+    watch = of(two_stages(), dataclasses.replace(PLAIN, compile=True))
+    run_epoch(watch, clock, [20.0] * 5 + [1.0] * 45)
+    assert watch.compile_seconds(2) == pytest.approx(95.0)
+
+    def step() -> None:
+        if watch.form.compiles:
+            raise RuntimeError("no compiler")
+
+    watch.form.attempt(step, (8, 3, 32, 32))
+    assert watch.compile_seconds(2) == 0.0
+    capsys.readouterr()
+    run_epoch(watch, clock, [20.0] * 5 + [1.0] * 45, epochs_done=2)
+    assert "compiling the step" not in capsys.readouterr().out and watch.cold_seconds == 0.0
+
+
 @pytest.mark.parametrize("steps, cold", [(18, 8), (50, 25), (1000, 150)])
 def test_what_graphs_cost_while_they_are_captured_is_no_part_of_a_rate(steps: int, cold: int, clock: Clock):
     watch = of(two_stages(), dataclasses.replace(PLAIN, compile=True, graphs=True), images=8 * steps)
@@ -99,8 +117,9 @@ def test_a_forecast_of_weeks_has_dates():
 
 
 def test_nothing_is_advised_that_is_over_the_budget():
-    net = build_network(SMALL, 10)
-    lines = {n: Progress(PLAIN, two_stages(), net, {"train": 4_000, "val": 0}, n).forecast(0, 0.5) for n in (554, 555)}
+    net, images = build_network(SMALL, 10), {"train": 4_000, "val": 0}
+    form = CompiledForm(net, PLAIN)
+    lines = {n: Progress(form, two_stages(), net, images, n).forecast(0, 0.5) for n in (554, 555)}
     assert "--recipe cpu would" in lines[554] and "--recipe cpu" not in lines[555] and "stage 1 ends" in lines[555]
 
 
