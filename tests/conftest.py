@@ -122,6 +122,12 @@ def tiny_run(tiny_runs: tuple[Path, Path]) -> Path:
 
 
 @pytest.fixture
+def run(tiny_run: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny run, of the same name, that may be changed."""
+    return Path(shutil.copytree(tiny_run, tmp_path / tiny_run.name))
+
+
+@pytest.fixture
 def open_folder() -> Iterator[Path]:
     """A folder that everybody may enter and write in, as pytest's own are not."""
     with tempfile.TemporaryDirectory() as name:

@@ -20,12 +20,6 @@ from harness.errors import RunError
 pytestmark = pytest.mark.usefixtures("empty_plots", "small_demo")
 
 
-@pytest.fixture
-def run(tiny_run: Path, tmp_path: Path) -> Path:
-    """A finished run that may be changed."""
-    return Path(shutil.copytree(tiny_run, tmp_path / "run"))
-
-
 # a run's folder
 
 
