@@ -39,7 +39,7 @@ from harness.metrics import hits_and_loss
 from harness.picture_defaults import fit_to_folder
 from harness.progress import Progress
 from harness.run_folder import RunFolder
-from harness.teachers import Teachers, digest, load_teachers
+from harness.teachers import Teachers, digest, load_teachers, note_on_first_weights
 from losses import LabelSmoothingLoss, distillation_loss
 from optim import RunningAverage, all_finite, build_optimizer, forget_scale, portable_state, rates_on_device
 from recipes import Recipe, Stage, build_network
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 def fit(trainer: "Trainer", run: RunFolder, split: Split, runtime: Runtime, interrupt: Interrupt) -> int:
     """Begin or continue a run, train to the end of the recipe or until interrupted; returns the exit status."""
     status = 0
-    begin_or_continue(trainer, run, runtime)
+    begin_or_continue(trainer, run, split, runtime)
     with interrupt.listening():
         try:
             with interrupt.before_peer_loss(), errors.memory_reported(run.what_needs_memory):
@@ -88,7 +88,7 @@ def fit(trainer: "Trainer", run: RunFolder, split: Split, runtime: Runtime, inte
     return status
 
 
-def begin_or_continue(trainer: "Trainer", run: RunFolder, runtime: Runtime) -> None:
+def begin_or_continue(trainer: "Trainer", run: RunFolder, split: Split, runtime: Runtime) -> None:
     """Put the trainer into the state that the run folder holds, if any; else start from --init, or from scratch."""
     if runtime.overwrite and run.recipe.init:
         checkpoint.take_weights(trainer.net, run.recipe.init)  # or refuse them, before anything is removed
@@ -110,6 +110,8 @@ def begin_or_continue(trainer: "Trainer", run: RunFolder, runtime: Runtime) -> N
                 trainer.net.load_state_dict(state["model"])
     elif recipe.init:
         checkpoint.take_weights(trainer.net, recipe.init)
+        if note := note_on_first_weights(recipe.init, split, runtime.data_dir):
+            trainer.machine.note(note)
     for sentence in epoch_warnings(recipe):
         trainer.machine.note(sentence)
     run.write_config(runtime, trainer.net)
@@ -122,6 +124,8 @@ def train_epochs(trainer: "Trainer", run: RunFolder, split: Split, interrupt: In
     recipe, machine, (dataset, train, val) = trainer.recipe, trainer.machine, split
     images = machine.hold(dataset.images)
     labels, val = dataset.labels.to(images.device), val.to(images.device)
+    if run.rows and run.epochs_done < recipe.epochs and (shortage := interrupt.shortage(run.rows[-1]["seconds"])):
+        print(shortage, flush=True)
     progress = Progress(trainer.form, recipe, trainer.net, run.images, len(dataset.classes))
     while run.epochs_done < recipe.epochs:
         began = time.monotonic()

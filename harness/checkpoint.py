@@ -13,7 +13,6 @@ weights as `model`; weights alone also the `val_accuracy` that selected them. A 
 import contextlib
 import hashlib
 import io
-import math
 import os
 import pickle
 import zipfile
@@ -116,10 +115,11 @@ def first_words(error: Exception) -> str:
     return words if len(words) <= 200 else words[:200] + " …"
 
 
-def resume(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
-    """The state to continue from, None in a fresh folder, and a warning where `last.pt` was damaged.
+def resume(folder: Path) -> tuple[dict[str, Any] | None, Damaged | None]:
+    """The state to continue from, None in a fresh folder, and what is wrong with `last.pt` where it is `previous.pt`'s.
 
-    Raises Damaged where no state is whole, RunError where it is unusable for another reason.
+    Nothing is changed: see `go_back`. Raises Damaged where no state is whole, RunError where it is unusable for another
+    reason.
     """
     last, previous = folder / "last.pt", folder / "previous.pt"
     if not last.exists():  # a fresh folder, or killed between the two renames of a commit
@@ -130,15 +130,17 @@ def resume(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
         if not previous.exists():
             raise
         try:
-            payload = load(previous, "run")
+            return load(previous, "run"), error
         except RunError as also:
             raise Damaged(f"{error}, and {also}") from also
-        warning = f"{error}; continuing from the state before it (previous.pt)"
-        lost = remove_weights_after(folder, payload.get("epoch", math.inf))
-        if lost:
-            warning += f", without {' and '.join(lost)} of the epoch that is lost"
-        rename(previous, last)  # or the next commit would keep the damaged file as previous.pt
-        return payload, warning
+
+
+def go_back(folder: Path, state: dict[str, Any], damage: Damaged) -> str:
+    """Put `previous.pt`, which holds `state`, in the place of the damaged `last.pt`; what that means, as a sentence."""
+    lost = remove_weights_after(folder, state["epoch"])
+    rename(folder / "previous.pt", folder / "last.pt")  # or the next commit would keep the damaged one as previous.pt
+    without = f", without {' and '.join(lost)} of the epoch that is lost" if lost else ""
+    return f"{damage}; continuing from the state before it (previous.pt){without}"
 
 
 def remove_weights_after(folder: Path, epoch: float) -> list[str]:

@@ -44,7 +44,9 @@ class Runtime:
         "compile the training step, and capture it on CUDA (default: on CUDA, but for the demo)", None
     )
     deterministic: bool = option("the same bits again on CUDA, at some cost in speed (a CPU needs no flag)", False)
-    max_minutes: float = option("stop at the last epoch end within this time; 0 is no limit", 0.0, low=0.0, high=1e6)
+    max_minutes: float = option(
+        "stop at the last epoch end within this time, after one epoch at least; 0 is no limit", 0.0, low=0.0, high=1e6
+    )
     overwrite: bool = option("start over in a run folder that holds a run", False)
     tensorboard: bool = option("write the numbers of metrics.csv for TensorBoard too, in the run folder", False)
     by_default: tuple[str, ...] = ()  # which of recipe, views and batch were not given and are chosen to suit --images
@@ -174,7 +176,7 @@ def parse_train(argv: list[str] | None = None) -> tuple[Recipe, Runtime]:
     chosen = [] if name else ["recipe"]
     chosen += [] if "views_per_image" in args else ["views"]
     chosen += [] if args.keys() & {"batch", "lr"} else ["batch"]  # a batch and its rate are chosen together
-    args["teacher"] = tuple(args.get("teacher", ()))
+    args["teacher"] = tuple(expanded(args.get("teacher", ())))
     try:
         recipe = recipes.replace(recipe, args)
         own = {name: value for name, value in args.items() if name in Runtime.__dataclass_fields__}

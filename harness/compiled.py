@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from harness.distributed import is_peer_loss
 from harness.errors import RunError, is_out_of_memory, reason
 from harness.machine import Machine
 
@@ -40,7 +41,8 @@ class CompiledForm(nn.Module):
     def attempt(self, step: Callable[[], Result], shape: tuple[int, ...]) -> Result:
         """Run `step`, a forward and a backward pass; if compiling for batches of `shape` fails, run it again without.
 
-        By then the step has changed only running statistics, which are restored, and gradients, which are cleared.
+        One of several processes cannot: there RunError is raised. By then the step has changed only running statistics,
+        which are restored, and gradients, which are cleared.
         """
         if self._compiled is None or shape in self._compiled_for:
             return step()
@@ -48,8 +50,10 @@ class CompiledForm(nn.Module):
         try:
             result = step()
         except Exception as error:  # Inductor, Triton and their compilers raise anything
-            if is_out_of_memory(error) or isinstance(error, RunError):
+            if is_out_of_memory(error) or is_peer_loss(error) or isinstance(error, RunError):
                 raise
+            if self.machine.world > 1:  # the others are in this step's exchanges: one alone cannot repeat it
+                raise RunError(f"compiling the step failed ({reason(error)}); add --no-compile") from error
             self._compiled = None
             for buffer, value in zip(self.net.buffers(), kept, strict=True):
                 buffer.copy_(value)

@@ -55,36 +55,29 @@ def next_epoch_seconds(recipe: Recipe, epochs_done: int, train_seconds: float, r
 
 def _rate(machine: Machine, net: nn.Module, size: int) -> float:
     """Samples per second of training at `size` px: on a CPU of one core, on CUDA by a card of 1 GFLOP/s."""
+    gflop, norm_outputs = forward_cost(net, size)
     if machine.device.type == "cuda":
-        return 1 / step_gflop(net, size)
-    waiting = CPU_NORM_SECONDS[machine.precision] * norm_outputs(net, size)
-    return 1 / (step_gflop(net, size) / CPU_GFLOPS[machine.precision] + waiting)
+        return FORWARD_SHARE / gflop
+    waiting = CPU_NORM_SECONDS[machine.precision] * norm_outputs
+    return 1 / (gflop / FORWARD_SHARE / CPU_GFLOPS[machine.precision] + waiting)
 
 
 def step_gflop(net: nn.Module, size: int) -> float:
     """GFLOP of a training step on one image of `size` px."""
-    return forward_gflop(net, size) / FORWARD_SHARE
-
-
-def forward_gflop(net: nn.Module, size: int) -> float:
-    """GFLOP (multiply-add = 2) of the network's forward pass on one image of `size` px."""
-    with FlopCounterMode(display=False) as counter:
-        _forward(net, size)
-    return counter.get_total_flops() / 1e9
-
-
-def norm_outputs(net: nn.Module, size: int) -> int:
-    """How many numbers the network's BatchNorm layers put out for one image of `size` px."""
-    return sum(_forward(net, size))
+    return forward_cost(net, size)[0] / FORWARD_SHARE
 
 
 @torch.no_grad()
-def _forward(net: nn.Module, size: int) -> list[int]:
-    """Pass an image through a copy of the network without memory or arithmetic; its BatchNorms' output sizes."""
-    sizes: list[int] = []
+def forward_cost(net: nn.Module, size: int) -> tuple[float, int]:
+    """Of a forward pass on one image of `size` px: GFLOP (multiply-add = 2), how many numbers the BatchNorms put out.
+
+    By a copy of the network without memory or arithmetic.
+    """
+    outputs: list[int] = []
     twin = copy.deepcopy(net).to("meta").eval()
     for module in twin.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.register_forward_hook(lambda module, _, output: sizes.append(output.numel()))
-    twin(torch.zeros(1, 3, size, size, device="meta"))
-    return sizes
+            module.register_forward_hook(lambda module, _, output: outputs.append(output.numel()))
+    with FlopCounterMode(display=False) as counter:
+        twin(torch.zeros(1, 3, size, size, device="meta"))
+    return counter.get_total_flops() / 1e9, sum(outputs)

@@ -138,15 +138,19 @@ def leader_first() -> Iterator[None]:
         max_over_ranks(0)
 
 
+def is_peer_loss(error: BaseException) -> bool:
+    """Whether an exception says that another process has ended or does not answer."""
+    said = isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
+    return said or isinstance(error, getattr(dist, "DistError", ()))
+
+
 @contextlib.contextmanager
 def peer_loss_reported() -> Iterator[None]:
     """Raise PeerLost where the block fails because of another process. Other exceptions pass."""
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, getattr(dist, "DistError", ())) and not any(
-            name in str(error) for name in ("gloo", "NCCL")
-        ):
+        if not is_peer_loss(error):
             raise
         rank, world, _ = rank_and_world()
         raise PeerLost(f"process {rank} has lost the other {world - 1}: one ended, or does not answer") from error

@@ -25,7 +25,7 @@ WINDOWS_NO_MEMORY = (8, 14, 1455)  # the last: "The paging file is too small"
 # what PyTorch's allocators on CPU and CUDA, its loaders' workers, cuBLAS, cuDNN, oneDNN, C++ and the dynamic linker say
 NO_MEMORY = re.compile(
     r"can'?t allocate memory|cannot allocate memory|not enough memory|out of memory|alloc_failed|bad_alloc"
-    r"|failed to map segment|shared memory|DataLoader worker .*(killed|exited unexpectedly)"
+    r"|failed to map segment|shared memory\(shm\)|out of shared memory|DataLoader worker .*(killed|exited unexpectedly)"
     r"|could not (create|execute) a primitive$|FIND was unable to find an engine",
     re.IGNORECASE,
 )

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from harness import distributed, errors
+from harness.text import duration
 
 STOPPED_BY_TIME = 3  # exit status
 # Seconds in which one and the same request to stop may come twice: torchrun passes on what a terminal has sent to all
@@ -66,12 +67,19 @@ class Interrupt:
                 os._exit(128 + number)
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+            os._exit(128 + number)  # process 1 of a container is spared by its own signals
 
     def stop_if_signalled(self) -> None:
         """Raise Stopped if a signal has come."""
         if self.received:
             name = signal.Signals(self.received).name
             raise Stopped(f"{name} came; the epoch in flight is dropped", 128 + self.received)
+
+    def shortage(self, seconds: float) -> str:
+        """What to say before the first epoch, which is trained in any case, if one takes `seconds`; "" if it fits."""
+        if time.monotonic() + seconds <= self.deadline:
+            return ""
+        return f"an epoch takes {duration(seconds)}, more than --max-minutes {self.max_minutes:g} leaves: one is made"
 
     def stop_if_out_of_time(self, seconds: float) -> None:
         """Raise Stopped if an epoch of `seconds`, or of what any other process expects, would end too late.

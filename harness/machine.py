@@ -119,6 +119,9 @@ def start_machine(runtime: Runtime) -> Machine:
     rank, world, local_rank = distributed.rank_and_world()
     device = choose_device(runtime.device)
     if world > 1 and device.type == "cuda":
+        if ":" in runtime.device:
+            way_out = "give --device cuda, and name the GPUs in CUDA_VISIBLE_DEVICES"
+            raise RunError(f"--device {runtime.device}: each process takes a GPU of its own; {way_out}")
         cards = torch.cuda.device_count()
         if local_rank >= cards:
             raise RunError(

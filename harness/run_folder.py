@@ -85,22 +85,25 @@ class RunFolder:
         if self.machine.leads and (overwrite or ownership.overwriting(self.folder)):
             ownership.remove_run(self.folder)
         try:
-            state, warning = checkpoint.resume(self.folder)
+            state, damage = checkpoint.resume(self.folder)
         except checkpoint.Damaged as error:
             raise RunError(f"{error}; --overwrite starts over") from error
-        if warning:
-            print(f"warning: {warning}", file=sys.stderr)
         if state is not None:
             try:
                 self._keep_old_rules(state)
                 self._require_same_settings(state)
-                self.rows = list(state["rows"])
+                rows = list(state["rows"])
+                if not 0 < len(rows) <= self.recipe.epochs:
+                    raise ValueError("rows")
+                self.rows = rows
             except UnknownSettings as error:
                 raise RunError(f"{self.folder / 'last.pt'} has {error}") from error
             except checkpoint.MISMATCH_ERRORS as error:
                 raise RunError(f"{self.folder / 'last.pt'} is no state of a run; --overwrite starts over") from error
         elif self.machine.leads:
             ownership.require_no_other(self.folder)
+        if damage:
+            print(f"warning: {checkpoint.go_back(self.folder, state, damage)}", file=sys.stderr)
         if self.machine.leads:
             files.remove_leftovers(self.folder, ownership.RUN_FILES)  # of a killed run; no other writes here now
         if state is not None:
@@ -132,6 +135,8 @@ class RunFolder:
         now = {**_flat(self.recipe.as_dict()), "images": self.images, "classes": list(self.classes)}
         recipe = Recipe.from_dict(state["recipe"]).as_dict()  # a setting that is newer than the state has its default
         then = {**_flat(recipe), "images": state["images"], "classes": state["classes"]}
+        if now["init"] and then["init"] and files.identity(Path(now["init"])) == files.identity(Path(then["init"])):
+            then["init"] = now["init"]  # one file by two paths
         idle = idle_settings(self.recipe)
         named = [name for name in now | then if now.get(name) != then.get(name) and name not in idle]
         changed = [f"{name} was {then.get(name)}, now {now.get(name)}" for name in named]

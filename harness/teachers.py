@@ -71,18 +71,44 @@ def _require_fit(teacher: TrainedNetwork, dataset: DataSet, val: Tensor, data_di
     differing = sorted(set(teacher.classes) ^ set(dataset.classes))
     if differing:
         raise RunError(f"{refused}: it knows other classes (not in both: {', '.join(differing)})")
-    train, held_out = split_by(teacher.recipe, dataset, data_dir)
-    if teacher.classes != dataset.classes or fingerprint(Split(dataset, train, held_out)) != teacher.images:
+    learnt, how = _learnt(teacher, dataset, data_dir)
+    if learnt is None:
         raise RunError(f"{refused}: it was trained with other images, and these may show what validates here")
-    learnt, how = torch.zeros(len(dataset.labels), dtype=torch.bool), "it has learnt"
-    learnt[train] = True
-    if teacher.recipe.init:  # which no recipe can vouch for
-        learnt[:], how = True, f"it began with the weights of {teacher.recipe.init}, which may have learnt"
-    elif teacher.recipe.teachers:  # they were refused if they had learnt what it validates on, but nothing else
-        learnt[:], how = True, "it has learnt, or its own teachers may have,"
-        learnt[held_out] = False
     shared = int(learnt[val].sum())
     if shared:
         raise RunError(
             f"{refused}: {how} {shared:,} of the {len(val):,} images that validate here; take one of this split"
         )
+
+
+def note_on_first_weights(source: str, split: Split, data_dir: Path) -> str:
+    """What to say where the network whose weights a run starts from may have learnt what validates here; else "".
+
+    Unlike a teacher it is not refused, and nothing is known of one of other images.
+    """
+    try:
+        learnt, how = _learnt(checkpoint.load_network(source), split.dataset, data_dir)
+    except RunError:  # its split cannot be made of these images
+        return ""
+    shared = 0 if learnt is None else int(learnt[split.val].sum())
+    if not shared:
+        return ""
+    images = f"{shared:,} of the {len(split.val):,} images that validate here"
+    return f"--init {source}: {how} {images}, so their accuracy flatters"
+
+
+def _learnt(network: TrainedNetwork, dataset: DataSet, data_dir: Path) -> tuple[Tensor | None, str]:
+    """Which images of `dataset` a network may have learnt, bool (N,), and how; None if it was trained with others."""
+    if network.classes != dataset.classes:
+        return None, ""
+    train, held_out = split_by(network.recipe, dataset, data_dir)
+    if fingerprint(Split(dataset, train, held_out)) != network.images:
+        return None, ""
+    learnt, how = torch.zeros(len(dataset.labels), dtype=torch.bool), "it has learnt"
+    learnt[train] = True
+    if network.recipe.init:  # which no recipe can vouch for
+        learnt[:], how = True, f"it began with the weights of {network.recipe.init}, which may have learnt"
+    elif network.recipe.teachers:  # they were refused if they had learnt what it validates on, but nothing else
+        learnt[:], how = True, "it has learnt, or its own teachers may have,"
+        learnt[held_out] = False
+    return learnt, how

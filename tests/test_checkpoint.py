@@ -19,6 +19,7 @@ from data import AUGMENTATIONS
 from harness import checkpoint
 from harness.checkpoint import Damaged
 from harness.errors import RunError
+from harness.interrupt import STOPPED_BY_TIME
 
 pytestmark = pytest.mark.usefixtures("empty_plots")
 
@@ -245,6 +246,8 @@ def test_missing_parts(missing: str, run: Path) -> None:
         ({"optimizer": 5}, "does not fit this network: "),
         ({"schedule": None}, "does not fit this network: "),
         ({"rows": 5}, "is no state of a run"),
+        ({"rows": []}, "is no state of a run"),
+        ({"rows": [{"epoch": 1, "val_accuracy": 0.5}] * 9}, "is no state of a run"),
         ({"recipe": 5}, "is no state of a run"),
         ({"images": {"train": 9, "val": 9}}, "images was "),
         ({"classes": ["cat", "dog"]}, "classes was "),
@@ -277,6 +280,10 @@ def test_other_settings(flags: list[str], words: str, run: Path, tiny_run: Path,
     assert continued(run, tiny_run, *flags) == 1
     said = error(capsys)
     assert "holds a run with other settings" in said and words in said and "--overwrite" in said
+    os.truncate(run / "last.pt", 5000)  # a command that is refused mends nothing, either
+    before = hashes(run)
+    assert continued(run, tiny_run, *flags) == 1
+    assert words in error(capsys) and hashes(run) == before
     assert hashes(run) == before
 
 
@@ -314,6 +321,16 @@ def test_a_setting_that_is_gone_is_no_obstacle_where_it_changed_nothing(run: Pat
     checkpoint.save(run / "last.pt", payload | {"recipe": payload["recipe"] | {"mirrored": False}})
     assert checkpoint.load_network(run).recipe == checkpoint.load_network(tiny_run).recipe
     assert continued(run, tiny_run) == 0
+
+
+def test_first_weights_are_one_file_by_any_path(run: Path, tiny_run: Path, small_demo, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(run)
+    shutil.copy("best.pt", "other.pt")
+    flags = ["--epochs", "2", "0", "--max-minutes", "1e-9", "--init"]
+    assert continued(run / "new", tiny_run, *flags, "best.pt") == STOPPED_BY_TIME
+    assert continued(run / "new", tiny_run, *flags, "other.pt") == 1
+    assert "init was best.pt, now other.pt" in error(capsys)
+    assert continued(run / "new", tiny_run, *flags, str(run / "best.pt")) == 0
 
 
 def test_a_setting_without_effect_may_differ(run: Path, tiny_run: Path, small_demo) -> None:

@@ -5,10 +5,9 @@ import torch
 
 from harness import cost, scoring
 from harness.cost import (
-    forward_gflop,
+    forward_cost,
     modelled_rates,
     next_epoch_seconds,
-    norm_outputs,
     seconds_at_rates,
     step_gflop,
 )
@@ -23,19 +22,19 @@ SMALL = {"layers": (1, 1, 1), "planes": (4, 6, 8)}
 @pytest.mark.parametrize("size, gflop", [(70, 0.74), (96, 1.37), (120, 2.16)])
 def test_forward_gflop_of_the_original_network(size: int, gflop: float):
     with torch.device("meta"):
-        assert round(forward_gflop(build_model(), size), 2) == gflop
+        assert round(forward_cost(build_model(), size)[0], 2) == gflop
 
 
 def test_counting_leaves_the_network_as_it_was():
     net = build_model(**SMALL).train()
-    assert step_gflop(net, 40) == 3 * forward_gflop(net, 40)
+    assert step_gflop(net, 40) == 3 * forward_cost(net, 40)[0]
     assert net.training and not net._forward_hooks and net.bn1.num_batches_tracked == 0
 
 
 def test_norm_outputs_are_those_of_each_norm():
     net = build_model(kind="wide", **SMALL)
     stem, first, second, third = 2 * 20**2, 4 * 10**2, 6 * 5**2, 8 * 2**2
-    assert norm_outputs(net, 40) == stem + 2 * (first + second + third)
+    assert forward_cost(net, 40)[1] == stem + 2 * (first + second + third)
 
 
 def test_seconds_are_samples_over_rates():
@@ -93,7 +92,7 @@ def test_the_rates_before_any_measurement_are_arithmetic(monkeypatch: pytest.Mon
     monkeypatch.setattr(cost, "CPU_GFLOPS", {torch.float32: 40.0})
     monkeypatch.setattr(cost, "CPU_NORM_SECONDS", {torch.float32: 1e-8})
     sizes = (70, 96, 120, 144)  # views and clean images of both stages
-    seconds = {size: 3 * forward_gflop(net, size) / 40 + 1e-8 * norm_outputs(net, size) for size in sizes}
+    seconds = {size: 3 * forward_cost(net, size)[0] / 40 + 1e-8 * forward_cost(net, size)[1] for size in sizes}
     rates = modelled_rates(PLAIN, recipe, net)
     assert rates == pytest.approx({size: 1 / value for size, value in seconds.items()})
     total = 4_000 * 20 * (300 * seconds[70] + 140 * seconds[120])
@@ -103,4 +102,4 @@ def test_the_rates_before_any_measurement_are_arithmetic(monkeypatch: pytest.Mon
 def test_on_cuda_the_rates_before_any_measurement_are_the_arithmetic_alone():
     net, machine = build_model(**SMALL), Machine(torch.device("cuda", 0), torch.bfloat16, compile=True)
     rates = modelled_rates(machine, RECIPES["original"], net)
-    assert rates == pytest.approx({size: 1 / (3 * forward_gflop(net, size)) for size in (70, 96, 120, 144)})
+    assert rates == pytest.approx({size: 1 / (3 * forward_cost(net, size)[0]) for size in (70, 96, 120, 144)})

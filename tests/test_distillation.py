@@ -261,6 +261,25 @@ def test_a_fold_of_the_training_images_needs_teachers_of_its_own(tiny_run, tmp_p
     assert run(student, "--teacher", teacher, "--train-on", "all", "--epochs", "1", "0") == 0
 
 
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({}, ""),
+        ({"split_seed": 1}, r"it has learnt \d+ of the 40 images that validate here, so their accuracy flatters"),
+        ({"init": "elsewhere.pt"}, r"it began with the weights of elsewhere.pt, which may have learnt 40 of the 40"),
+        ({"images": {"digest": "0" * 64}}, ""),
+        ({"fold": 3}, ""),
+    ],
+)
+def test_what_first_weights_may_have_learnt_is_said(changes, sentence, tiny_run, tmp_path: Path, small_demo, capsys):
+    first = altered(tiny_run, tmp_path / "first", **changes)
+    flags = ["--init", first, "--max-minutes", "1e-9", "--epochs", "1", "0"]
+    assert run(tmp_path / "run", *flags) == 0
+    said, notes = capsys.readouterr(), checkpoint.load(tmp_path / "run" / "last.pt")["notes"]
+    assert [bool(re.search(sentence, note)) for note in notes] == ([True] if sentence else [])
+    assert all(note in said.out + said.err for note in notes)
+
+
 def test_teachers_of_other_classes_and_of_other_pictures(tiny_run, tmp_path: Path, refused, capsys) -> None:
     """Of the user's own pictures a teacher teaches on the very same ones, whatever their folder is called."""
     pictures = picture_folders.fill(tmp_path / "pictures", 6)
@@ -287,10 +306,14 @@ def test_a_teacher_is_named_once(tiny_run, tmp_path: Path, refused) -> None:
     assert str(tmp_path / "nothing") in refused("--teacher", tmp_path / "nothing")
 
 
-def test_flags(capsys) -> None:
+def test_flags(tmp_path: Path, capsys) -> None:
     recipe, runtime = parse_train("--recipe cpu --teacher a b --teacher-temperature 4 --label-share 0.1".split())
     assert (recipe.teacher_temperature, recipe.label_share) == (4, 0.1)
     assert runtime.teacher == (Path("a"), Path("b"))
+    for name in ("run0", "run1"):
+        (tmp_path / name).touch()
+    _, expanded = parse_train(["--teacher", str(tmp_path / "run*")])  # as Windows leaves it
+    assert expanded.teacher == (tmp_path / "run0", tmp_path / "run1")
     assert default_run_folder(recipe, runtime).name == "cpu-distilled-seed0"
     for flag in ("--teacher-temperature", "--label-share"):
         with pytest.raises(SystemExit) as stop:

@@ -208,6 +208,8 @@ def test_more_processes_than_cards_are_refused(restored, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(RunError, match="this machine has 2: torchrun --nproc-per-node 2"):
         start_machine(Runtime())
+    with pytest.raises(RunError, match="--device cuda:1: each process takes a GPU of its own; give --device cuda"):
+        start_machine(Runtime(device="cuda:1"))
 
 
 @pytest.mark.parametrize("world, place, card", [(1, (0, 1), 0), (4, (3, 4), 1)])

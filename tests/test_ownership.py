@@ -186,7 +186,9 @@ def test_weights_of_a_lost_epoch_go_with_it_and_come_back(lost: str, run: Path, 
     rows = state["rows"][: epoch - 1]
     checkpoint.save(run / "previous.pt", checkpoint.load(run / "previous.pt") | {"epoch": epoch - 1, "rows": rows})
     (run / "last.pt").write_bytes(b"damaged")
-    state, warning = checkpoint.resume(run)
+    state, damage = checkpoint.resume(run)
+    assert (run / lost).exists()  # to read changes nothing
+    warning = checkpoint.go_back(run, state, damage)
     assert state["epoch"] == epoch - 1 and "continuing from the state before it" in warning and lost in warning
     assert not (run / lost).exists() and (run / "kept.pt").exists()
 

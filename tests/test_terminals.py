@@ -153,6 +153,7 @@ def test_out_of_memory_is_recognised(error: BaseException, capsys: pytest.Captur
         RuntimeError("could not create a primitive descriptor for a convolution forward propagation primitive"),
         OSError(errno.ENOSPC, "No space left on device"),
         KeyError("out of memory"),
+        RuntimeError("No valid triton configs. OutOfResources: out of resource: shared memory, Required: 81920"),
         errors.RunError("out of memory"),
         torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
     ],

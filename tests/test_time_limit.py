@@ -77,3 +77,15 @@ def test_time_limit_counts_from_the_command_and_knows_what_an_epoch_took(
     assert train.main(argv) == (STOPPED_BY_TIME if stops else 0)
     state, _ = checkpoint.resume(tmp_path / "run")
     assert [row["seconds"] for row in state["rows"]] == [1500.0] * (1 if stops else 2)
+
+
+def test_a_limit_too_short_for_one_epoch_is_said(tmp_path: Path, small_demo, empty_plots, capsys) -> None:
+    """And one is trained all the same: so many commands, so many epochs."""
+    argv = [*TINY_RUN, "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "run"), "--max-minutes", "1e-9"]
+    said = []
+    for _ in range(4):
+        train.main(argv)
+        said.append("more than --max-minutes 1e-09 leaves: one is made" in "".join(capsys.readouterr()))
+    assert said == [False, True, True, True]
+    train.main(argv)  # of a finished run nothing is expected
+    assert "--max-minutes" not in "".join(capsys.readouterr())

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from augment import Batch, EpochDraws, ViewOptions, draw_epoch, make_batch, normalise
 from harness import scoring
+from harness.compiled import CompiledForm
 from harness.errors import RunError
 from harness.machine import Machine
 from model import build_model
@@ -163,6 +164,27 @@ def test_a_compiled_epoch_agrees_with_the_eager_one(precision: torch.dtype, tole
     _, result = trained(dataclasses.replace(PLAIN, precision=precision, compile=True))
     _, eager_result = trained(dataclasses.replace(PLAIN, precision=precision))
     torch.testing.assert_close(result.losses, eager_result.losses, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "words, kind, said",
+    [
+        ("no compiler", RunError, r"compiling the step failed \(no compiler\); add --no-compile"),
+        ("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer", RuntimeError, "Connection closed by peer"),
+    ],
+)
+def test_one_of_several_processes_repeats_no_step(words: str, kind: type, said: str, monkeypatch):
+    """The others are in the exchanges of the first try, or are gone."""
+    calls = []
+
+    def step() -> None:
+        calls.append(words)
+        raise RuntimeError(words)
+
+    form = CompiledForm(torch.nn.Linear(2, 2), dataclasses.replace(PLAIN, compile=True, world=2))
+    with pytest.raises(kind, match=said):
+        form.attempt(step, (2, 2))
+    assert len(calls) == 1
 
 
 def test_a_step_whose_compiler_fails_is_repeated_without_it(monkeypatch: pytest.MonkeyPatch, capsys):
