@@ -17,6 +17,7 @@ import contextlib
 import json
 import math
 import multiprocessing
+import os
 import signal
 import statistics
 import sys
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     runtime = machine_settings(parser, args)
     recipe, machine = RECIPES[args.recipe], start_machine(runtime)
     load(args.data_dir)
-    if args.json:
+    if args.json and not os.access(args.json, os.W_OK):
         files.try_to_write_in(args.json.parent)  # before anything is measured
     how = ", compiled" if machine.compile else ""
     print(f"{machine}{how}, {CORES} cores, PyTorch {torch.__version__}", flush=True)
@@ -228,7 +229,9 @@ def settled(rates: list[float], turns: int) -> bool:
 def points(recipe: Recipe, size: int | None = None, batch: int | None = None) -> list[tuple[int, int, int]]:
     """(size, batch, eval size) of a recipe's training, each once; only one, of `size` px, where that is given."""
     found = [(side, batch or stage.batch, stage.eval_size) for stage in recipe.stages for side in stage.crop_size]
-    return [(size, *found[0][1:])] if size else list(dict.fromkeys(found))
+    if size:  # as in the stage that has it, else as in the first
+        return [next((point for point in found if point[0] == size), (size, *found[0][1:]))]
+    return list(dict.fromkeys(found))
 
 
 def measure(job: Job, turns: int) -> dict[str, Any]:

@@ -86,7 +86,11 @@ def main(argv: list[str] | None = None) -> int:
         drawn = len(entries) == 1 and not opposed and args.protocol == "clean"
         whole = {"split": args.split, "protocol": args.protocol, **machine.as_dict(), **report.side(entries)}
         whole |= {"against": report.side(opposed[0])} if opposed else {}
-        pairs = compare(evaluated, args)
+        wrong_pair = None
+        try:
+            pairs = compare(evaluated, args)
+        except RunError as error:  # costs the pairs alone
+            wrong_pair = error
         whole |= {"pairs": pairs} if pairs else {}
         whole["pictures"] = report.pictures(entries[0]) if drawn else []
         for picture in earlier:
@@ -94,6 +98,8 @@ def main(argv: list[str] | None = None) -> int:
         files.write_text(out / report.REPORT, json.dumps(whole, indent=2) + "\n")
         if drawn:
             report.draw(out, entries[0], networks[0].classes, *scored)
+        if wrong_pair:
+            raise wrong_pair
     finally:  # neither a network that fails nor a full disk may cost the tables, nor a closed terminal the report
         scored_sides = entries_of(evaluated)
         if scored_sides:

@@ -144,6 +144,11 @@ def load_for_network(trained: TrainedNetwork, source: Source, *, fetch: bool) ->
     With other images the split would differ too, and the network would be validated on images that it has learnt.
     """
     _require_folder(trained, source)
+    if source.images is not None and "digest" not in trained.images:
+        raise RunError(
+            f"{trained.file} was not trained with a folder of pictures, so it has no validation images in "
+            f"{source.images}; evaluate.py --split test scores it on class folders in {source.images / 'test'}"
+        )
     split = load_images(trained.recipe, *source, fetch=fetch)
     if split.dataset.classes != trained.classes or fingerprint(split) != trained.images:
         raise RunError(

@@ -1,6 +1,7 @@
 """Any picture that Pillow opens, as the square of pixels that a network takes."""
 
 import contextlib
+import functools
 import io
 import warnings
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from harness.errors import RunError, is_out_of_memory, reason
 from harness.picture_repair import repaired
+from harness.picture_search import NOT_DECODED
 from harness.text import printable
 
 # Exif's number for how a camera was held, and what turns the picture upright
@@ -75,8 +77,8 @@ def _read(path: Path) -> Image.Image:
 
 
 def decode(file: Path | io.BytesIO) -> Image.Image:
-    """The pixels in RGB, upright."""
-    with Image.open(file) as image:
+    """The pixels in RGB, upright; only of a kind that Pillow decodes by itself, whatever the file's name says."""
+    with Image.open(file, formats=_decoded_kinds()) as image:
         _fit_transparent_value(image)
         image.load()
         try:
@@ -85,6 +87,12 @@ def decode(file: Path | io.BytesIO) -> Image.Image:
             turn = None
         picture = _rgb(image)
     return picture if turn is None else picture.transpose(turn)
+
+
+@functools.cache
+def _decoded_kinds() -> tuple[str, ...]:
+    Image.init()
+    return tuple(kind for kind in Image.ID if kind not in NOT_DECODED)
 
 
 def _fit_transparent_value(image: Image.Image) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data import DataSet, images_digest
-from harness import picture_cache, picture_search, picture_split
+from harness import files, picture_cache, picture_search, picture_split
 from harness.errors import RunError, reason
 from harness.picture_search import PassedOver, named_in_full
 from harness.picture_split import visible_name
@@ -112,7 +112,8 @@ def _pictures_of(name: str, folders: list[Path], passed: PassedOver) -> list[Pat
             f"class {name}: the names of {len(folders)} folders look the same (composed and decomposed); taken as one"
         )
     inside = PassedOver()
-    pictures = [path for folder in folders for path in picture_search.find(folder, inside)]
+    above = [files.identity(folders[0].parent)]
+    pictures = [path for folder in folders for path in picture_search.find(folder, inside, above)]
     if not pictures:
         why = "".join(f"; {len(paths)} passed over: {why}" for why, paths in inside.paths.items())
         raise RunError(f"class {name} has no pictures: {printable(folders[0])} holds no file of a known kind{why}")
@@ -139,6 +140,7 @@ def _read(listings: list[Listing], size: int, announce: bool) -> DataSet:
     if broken:
         raise RunError("; ".join(broken))
     images = torch.cat(squares) if len(squares) > 1 else squares[0]  # a copy of a large folder is worth avoiding
+    squares.clear()  # the parts are held by images now
     labels = torch.cat([listing.labels for listing in listings])
     paths = [path for listing in listings for path in listing.paths]
     part = torch.arange(len(listings)).repeat_interleave(torch.tensor([len(listing.paths) for listing in listings]))
@@ -159,13 +161,16 @@ def _distinct(images: Tensor, labels: Tensor, part: Tensor, paths: list[Path], a
     """Indices of the pictures without repetitions within a class and part; any other repetition raises RunError."""
     first: dict[bytes, int] = {}
     repeated, contradictions = [], []
+    classes, parts = labels.tolist(), part.tolist()
     for index, digest in enumerate(_digests(images)):
         other = first.setdefault(digest, index)
-        if labels[other] != labels[index] or part[other] != part[index]:
-            where = "train and val" if part[other] != part[index] else "two classes"
-            contradictions.append(f"{printable(paths[other])} and {printable(paths[index])} are one picture in {where}")
-        elif other != index:
+        if other == index:
+            continue
+        if (classes[other], parts[other]) == (classes[index], parts[index]):
             repeated.append(index)
+        else:
+            where = "train and val" if parts[other] != parts[index] else "two classes"
+            contradictions.append(f"{printable(paths[other])} and {printable(paths[index])} are one picture in {where}")
     if contradictions:
         raise RunError(f"{named_in_full(contradictions)}; take each out of one of them")
     if repeated and announce:
@@ -180,9 +185,10 @@ def _name_the_dark(images: Tensor, paths: list[Path]) -> None:
     """Pictures of fewer grey levels than their file has room for, such as 12 bits in 16, arrive almost black."""
     dark = (images.flatten(1).amax(1) < ALMOST_BLACK).nonzero()[:, 0].tolist()
     if dark:
+        names = named_in_full([printable(paths[index]) for index in dark])
         print(
-            f"{len(dark)} picture(s) are almost black, with no value above {ALMOST_BLACK - 1} of 255 "
-            f"({printable(paths[dark[0]])} …): if they should not be, scale their values to the range of their files"
+            f"{len(dark)} picture(s) are almost black, with no value above {ALMOST_BLACK - 1} of 255 ({names}): "
+            "if they should not be, scale their values to the range of their files"
         )
 
 

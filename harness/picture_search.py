@@ -7,7 +7,7 @@ import stat
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -23,10 +23,10 @@ SYSTEM_FOLDERS = frozenset(
 )
 # formats that Pillow knows without decoding them, or only by running another program
 NOT_DECODED = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"))
-# pictures by their names all the same, should Pillow not read them
+# pictures by their names all the same, should this Pillow not read them
 OTHER_PICTURES = frozenset(
-    ".3fr .ai .arw .cr2 .cr3 .crw .dcr .dng .emf .eps .erf .gpr .heic .heif .hif .iiq .jxl .kdc .mrw .nef .nrw .orf "
-    ".pef .ps .raf .rw2 .rwl .sr2 .srf .srw .svg .wmf .x3f".split()
+    ".3fr .ai .arw .avif .avifs .cr2 .cr3 .crw .dcr .dng .emf .eps .erf .gpr .heic .heif .hif .iiq .jxl .kdc .mrw .nef "
+    ".nrw .orf .pef .ps .raf .rw2 .rwl .sr2 .srf .srw .svg .webp .wmf .x3f".split()
 )
 SHOWN = 3  # names of a kind
 
@@ -94,13 +94,15 @@ def suffixes() -> frozenset[str]:
     return frozenset(name for name, kind in known if kind in Image.OPEN and kind not in NOT_DECODED) | {".mpo"}
 
 
-def find(folder: Path, passed: PassedOver) -> list[Path]:
+def find(folder: Path, passed: PassedOver, above: Sequence[object] = ()) -> list[Path]:
     """All pictures in a folder and below it, by their names, links followed. The rest goes into `passed`.
+
+    `above`: the identities of folders that links must not lead back to either.
 
     They are sorted by the composed characters of their names, alike on every system: the split and a data set's digest
     depend on it.
     """
-    return sorted(_find(folder, [], passed), key=_order)
+    return sorted(_find(folder, [*above], passed), key=_order)
 
 
 def _order(path: Path) -> tuple[list[str], tuple[str, ...]]:
@@ -109,14 +111,14 @@ def _order(path: Path) -> tuple[list[str], tuple[str, ...]]:
 
 
 def _find(folder: Path, above: list[object], passed: PassedOver) -> Iterator[Path]:
+    identity = files.identity(folder)
+    if identity in above:
+        passed.add(LOOP, folder)
+        return
     try:
         folders, pictures = look_into(folder, passed)
     except OSError as error:
         passed.add(f"folder cannot be read ({reason(error)})", folder)
-        return
-    identity = files.identity(folder)
-    if identity in above:
-        passed.add(LOOP, folder)
         return
     yield from pictures
     for path in folders:

@@ -62,7 +62,7 @@ def accuracy(
         _label_best(axes, epochs[best], values[best])
         low, high = bounds[-1]
         facts = (
-            f"val accuracy at {val_size} px: last {values[-1]:.1%} ({low:.1%} to {high:.1%}), "
+            f"val accuracy: last {values[-1]:.1%} at {val_size} px ({low:.1%} to {high:.1%}), "
             f"best {values[best]:.1%} at epoch {epochs[best]:g}, selected on these images"
         )
     _percent(axes.yaxis)
@@ -122,8 +122,9 @@ def learning_rate(
 @styled
 def comparison(path: Path, runs: Mapping[str, Sequence[Row]], *, title: str) -> Figure:
     """Validation accuracy of several runs, {name: rows}; the legend has the 16 with the highest best accuracy."""
-    figure, axes = _canvas("epoch", "val accuracy")
     scored = {name: column for name, rows in runs.items() if len((column := _column(rows, "val_accuracy"))[0])}
+    below = len(scored) > 6  # the legend, which would hide curves within the axes
+    figure, axes = _canvas("epoch", "val accuracy", 4.5 + below * 0.21 * min(len(scored), NAMED_RUNS + 1))
     named = sorted(scored, key=lambda name: -max(scored[name][1]))[:NAMED_RUNS]
     for name, (epochs, values) in scored.items():
         if name not in named:
@@ -139,7 +140,10 @@ def comparison(path: Path, runs: Mapping[str, Sequence[Row]], *, title: str) -> 
     _percent(axes.yaxis)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if axes.lines:
-        axes.legend(loc="lower right", fontsize=9)
+        place = (
+            {"loc": "upper left", "bbox_to_anchor": (0, -0.14), "borderaxespad": 0} if below else {"loc": "lower right"}
+        )
+        axes.legend(fontsize=9, **place)
     _title(figure, title)
     return save(figure, path)
 
@@ -173,10 +177,9 @@ def confusion(path: Path, matrix: np.ndarray, class_names: Sequence[str], *, tit
     figure, axes = _canvas("predicted", "true", height=7.0)
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for (row, column), count in np.ndenumerate(matrix):
-        if count and len(class_names) <= 20:
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, f"{count}", ha="center", va="center", fontsize=9, color=colour)
+    for row, column in np.argwhere(matrix) if len(class_names) <= 20 else ():
+        colour = "white" if shares[row, column] > 0.5 else "black"
+        axes.text(column, row, f"{matrix[row, column]}", ha="center", va="center", fontsize=9, color=colour)
     names = [_name(name) for name in class_names]
     if len(names) <= NAMED_CLASSES:
         axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
@@ -263,9 +266,9 @@ def sample_sheet(path: Path, images: np.ndarray, titles: Sequence[str], *, colum
     return save(figure, path)
 
 
-def beside(name: str, words: str = "", columns: int = 8) -> str:
-    """A class name, shortened so that it and `words` behind it fit a line below a picture of `sample_sheet`."""
-    return shortened(printable(name), SHEET_LETTERS // columns - len(words)) + words
+def beside(name: str, words: str = "", columns: int = 8, before: str = "") -> str:
+    """A class name, shortened so that with `before` and `words` around it fits a line below a sheet's picture."""
+    return before + shortened(printable(name), SHEET_LETTERS // columns - len(before + words)) + words
 
 
 def _canvas(x_label: str, y_label: str, height: float = 4.5) -> tuple[Figure, Axes]:

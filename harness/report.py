@@ -10,7 +10,7 @@ from torch import Tensor
 
 from harness import metrics, plots, scoring
 from harness.checkpoint import TrainedNetwork
-from harness.text import table
+from harness.text import shortened, table
 from model import PARAMETER_BUDGET, count_parameters
 
 MISTAKES = 32  # on the sheet
@@ -222,7 +222,8 @@ def draw(folder: Path, entry: Entry, classes: Sequence[str], images: Tensor, lab
     matrix = metrics.confusion(scores.argmax(1), labels, len(classes)).numpy()
     probabilities = scores.softmax(1)
     selected = any(member["selected_on_val"] for member in entry["members"]) and entry["split"] == "val"
-    title = f"{_short(entry)}: {len(labels):,} {entry['split']} images{' (that selected it)' if selected else ''}"
+    images_scored = f"{len(labels):,} {entry['split']} images{' (that selected it)' if selected else ''}"
+    title = f"{shortened(_short(entry), 60)}: {images_scored}"
     sized = f"{title} at {result['size']} px"
     plots.confusion(folder / "confusion.png", matrix, classes, title=sized)
     plots.per_class(folder / "per_class.png", matrix, classes, title=sized)
@@ -240,7 +241,8 @@ def draw(folder: Path, entry: Entry, classes: Sequence[str], images: Tensor, lab
             images[worst].numpy(),
             [
                 plots.beside(classes[predictions[i]], f" {confidence[i]:.0%}")
-                + f"\n(is {plots.beside(classes[labels[i]], ')', 11)}"
+                + "\n"
+                + plots.beside(classes[labels[i]], ")", before="(is ")
                 for i in worst.tolist()
             ],
             heading=f"{sized}\nthe {len(worst)} most confident of {len(wrong):,} mistakes",

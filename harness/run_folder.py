@@ -26,7 +26,7 @@ from harness.errors import RunError
 from harness.machine import PRECISIONS, Machine
 from harness.metrics import interval
 from harness.tensorboard_log import TensorBoardLog
-from harness.text import duration
+from harness.text import duration, shortened
 from model import count_parameters
 from recipes import Recipe, UnknownSettings, old_rules
 
@@ -263,7 +263,7 @@ class RunFolder:
             return
         rows = slice(0, self.recipe.stages[stage_index].batch)
         batch = make_batch(images, labels, draws, 0, rows, size, self.recipe.augmentation)
-        heading = f"{self.name}, stage {stage_index + 1}: training views at {size} px"
+        heading = f"{shortened(self.name, 60)}, stage {stage_index + 1}: training views at {size} px"
         name = f"views-stage{stage_index + 1}.png"
         with self._forgiven_if_open(name):
             run_plots.views(self.folder / name, heading, batch, self.classes)
@@ -272,7 +272,7 @@ class RunFolder:
         """Draw the plots of the rows."""
         if not self.rows or not self.machine.leads:
             return
-        plots = run_plots.curves(self.folder, self.name, self.recipe, self.rows, self.images["val"])
+        plots = run_plots.curves(self.folder, shortened(self.name, 60), self.recipe, self.rows, self.images["val"])
         for path, draw in plots.items():
             with self._forgiven_if_open(path.name):
                 draw()

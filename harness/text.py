@@ -46,13 +46,14 @@ def width(text: str) -> int:
 
 
 def shortened(text: str, columns: int) -> str:
-    """The text, or its beginning with an ellipsis, that takes at most so many columns."""
+    """The text, in at most so many columns: an ellipsis for its middle, as names often differ at the end alone."""
     if width(text) <= columns:
         return text
-    kept = text
-    while width(kept) >= columns:
-        kept = kept[:-1]
-    return kept + "…"
+    for kept in range(len(text) - 1, -1, -1):
+        first, last = text[: kept - kept // 2], text[len(text) - kept // 2 :]
+        if width(first + last) < columns:
+            break
+    return f"{first}…{last}"
 
 
 def _fill(cell: str, columns: int) -> str:

@@ -176,6 +176,7 @@ def test_points_are_the_recipes_unless_others_are_asked_for():
     assert benchmark.points(RECIPES["original"]) == [(70, 128, 96), (120, 64, 144)]
     assert benchmark.points(RECIPES["cpu"]) == [(size, 128, 80) for size in (32, 48, 64)]
     assert benchmark.points(RECIPES["original"], size=96, batch=256) == [(96, 256, 96)]
+    assert benchmark.points(RECIPES["original"], size=120) == [(120, 64, 144)]
 
 
 class HereProcess(benchmark.Process):

@@ -92,7 +92,7 @@ def test_classes_of_any_name_are_drawn(tmp_path: Path, said) -> None:
     plots.per_class(tmp_path / "p.png", np.eye(10, dtype=int), odd, title="".join(odd))
     figure = plots.confusion(tmp_path / "c.png", np.eye(10, dtype=int), odd, title=odd[0])
     shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert shown[1:7] == [r"a\$b\$c", r"\$\$", r"caf\xe9", r"line\nbreak", "x" * 29 + "…", r"\x1b[31m"]
+    assert shown[1:7] == [r"a\$b\$c", r"\$\$", r"caf\xe9", r"line\nbreak", "x" * 15 + "…" + "x" * 14, r"\x1b[31m"]
     plots.sample_sheet(tmp_path / "s.png", np.zeros((10, 3, 32, 32), np.uint8), odd, heading=odd[3])
     plots.comparison(tmp_path / "r.png", {name: [{"epoch": 1, "val_accuracy": 0.5}] for name in odd}, title=odd[4])
     assert all(canvas.drawn_here(path) for path in tmp_path.iterdir())
@@ -180,5 +180,5 @@ def test_long_tables_of_classes_end_on_the_terminal() -> None:
 
 
 def test_names_are_shortened_by_what_they_take() -> None:
-    assert text.shortened("cat", 3) == "cat" and text.shortened("cats", 3) == "ca…"
-    assert text.shortened("猫" * 4, 8) == "猫" * 4 and text.shortened("猫" * 5, 8) == "猫" * 3 + "…"
+    assert text.shortened("cat", 3) == "cat" and text.shortened("cats", 3) == "c…s"
+    assert text.shortened("猫" * 4, 8) == "猫" * 4 and text.shortened("猫" * 5, 8) == "猫猫…猫"

@@ -129,6 +129,7 @@ def test_networks_of_other_images_are_no_pair(tiny_run, other_split, tmp_path, c
     said = capsys.readouterr()
     assert said.err.count("\n") == 1 and "were not scored on the same images" in said.err
     assert f"{other_split / 'last.pt'}" in said.err and "95% interval" in said.out  # the table is not lost
+    assert "pairs" not in read(tmp_path / "against") and "against" in read(tmp_path / "against")  # nor the report
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import struct
+import subprocess
 import zlib
 from pathlib import Path
 
@@ -140,6 +141,17 @@ def test_first_frame_of_an_animation(tmp_path, name):
     options = {"lossless": True} if name == "a.webp" else {}
     path = save(frames[0], tmp_path / name, save_all=True, append_images=frames[1:], duration=50, **options)
     assert picture_file.open_square(path, 4)[:, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_no_other_program_is_started_whatever_a_file_is_called(tmp_path, monkeypatch):
+    """Pillow goes by the content, and would have Ghostscript run what a PostScript file says."""
+    path = tmp_path / "cat.jpg"
+    Image.new("RGB", (40, 40)).save(path, format="EPS")
+    with Image.open(path) as image:
+        assert image.format == "EPS"
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: pytest.fail("started"))
+    with pytest.raises(RunError, match="cat.jpg is not a picture, or of a kind that Pillow cannot open"):
+        picture_file.open_square(path, 32)
 
 
 def test_what_cannot_be_used_is_one_sentence_with_the_name(tmp_path):

@@ -287,7 +287,7 @@ def test_pictures_are_not_what_a_network_of_an_official_fold_was_trained_with(im
     trained = checkpoint.load_network(tmp_path / "last.pt")
     of_a_fold = recipes.replace(trained.recipe, {"fold": 0})
     trained = dataclasses.replace(trained, recipe=of_a_fold, images={"train": 1_000, "val": 4_000})
-    with pytest.raises(RunError, match="does not hold the images that this network was trained with.*--images"):
+    with pytest.raises(RunError, match="was not trained with a folder of pictures.*evaluate.py --split test scores it"):
         load_for_network(trained, Source(tmp_path, images), fetch=False)
 
 

@@ -59,9 +59,26 @@ def test_linked_pictures_and_folders_are_followed_but_not_in_circles(tmp_path):
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
     (folder / "c.png").symlink_to(tmp_path / "elsewhere" / "a.png")
     (tmp_path / "elsewhere" / "more" / "up").symlink_to(folder)
+    (folder / "self").symlink_to(".")
+    touch(folder, ".hidden")
     found, passed = search(folder)
     assert found == ["c.png", "linked/a.png", "linked/more/b.png"]
-    assert passed == {"link leads back to a folder above it": ["linked/more/up"]}
+    back = "link leads back to a folder above it"
+    assert passed == {back: ["linked/more/up", "self"], "hidden": [".hidden"]}  # each named once
+
+
+def test_a_class_that_leads_back_to_the_others_does_not_take_their_pictures(tmp_path, capsys):
+    images = fill(tmp_path / "set", 2)
+    (images / "sky" / "up").symlink_to("..")
+    assert len(picture_folder.load(images, 32).labels) == 6
+    assert f"passed over 1, link leads back to a folder above it: {Path('sky', 'up')}" in capsys.readouterr().out
+
+
+def test_pictures_that_this_pillow_does_not_know_are_pictures_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(picture_search, "suffixes", lambda: frozenset((".png",)))
+    touch(tmp_path, "a.png", "b.avif", "c.webp", "d.txt")
+    converted = "picture of a kind that must be converted first"
+    assert search(tmp_path) == (["a.png"], {converted: ["b.avif", "c.webp"], "not a picture by its name": ["d.txt"]})
 
 
 def test_folders_are_told_apart_where_files_have_no_number(tmp_path, monkeypatch):
