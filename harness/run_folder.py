@@ -280,6 +280,8 @@ class RunFolder:
 
     def finish(self, net: torch.nn.Module) -> None:
         """Draw the plots, write `summary.json` and print the result, of as many epochs as there are."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         if not self.rows or not self.machine.leads:
             return
         self.draw()

@@ -42,3 +42,8 @@ class TensorBoardLog:
         except OSError as error:
             raise RunError(f"cannot write for TensorBoard in {self._folder}: {reason(error)}") from error
         self._written = len(rows)
+
+    def close(self) -> None:
+        """End the writer's thread, which would else live for as long as a notebook's kernel."""
+        if self._writer is not None:
+            self._writer.close()

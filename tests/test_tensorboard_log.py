@@ -2,6 +2,7 @@
 
 import csv
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,9 @@ def test_scalars_are_the_rows_of_the_csv_once_each(tmp_path: Path, empty_plots: 
         patch.setattr(train.time, "monotonic", iter(range(0, 10**9, 1000)).__next__)  # a slow machine, it will seem
         assert train.main([*line, "--max-minutes", "1"]) == STOPPED_BY_TIME
     assert [step for step, _ in written(tmp_path / "run")["train_loss"]] == [1]
+    threads = threading.active_count()
     assert train.main(line) == 0
+    assert threading.active_count() == threads  # none is left in a notebook's kernel
     with open(tmp_path / "run" / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3
