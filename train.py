@@ -109,8 +109,8 @@ def begin_or_continue(trainer: "Trainer", run: RunFolder, split: Split, runtime:
             else:  # between two stages the weights alone go on
                 trainer.net.load_state_dict(state["model"])
     elif recipe.init:
-        checkpoint.take_weights(trainer.net, recipe.init)
-        if note := note_on_first_weights(recipe.init, split, runtime.data_dir):
+        first = checkpoint.take_weights(trainer.net, recipe.init)
+        if note := note_on_first_weights(first, split, runtime.data_dir):
             trainer.machine.note(note)
     for sentence in epoch_warnings(recipe):
         trainer.machine.note(sentence)

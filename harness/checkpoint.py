@@ -224,7 +224,12 @@ def load_network(path: Path | str, best: bool = False) -> TrainedNetwork:
         return TrainedNetwork(path, model, recipe, classes, payload["images"], size, epoch, accuracy, digest)
 
 
-def take_weights(net: nn.Module, source: str) -> None:
-    """Give `net` the weights of a checkpoint or run folder. Raises RunError if they are unreadable or do not fit."""
+def take_weights(net: nn.Module, source: str) -> TrainedNetwork:
+    """Give `net` the weights of a checkpoint or run folder, which is returned as read.
+
+    Raises RunError if they are unreadable or do not fit.
+    """
     with mismatch_reported(source):
-        net.load_state_dict(load_network(source).model.state_dict())
+        trained = load_network(source)
+        net.load_state_dict(trained.model.state_dict())
+    return trained

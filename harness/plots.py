@@ -27,6 +27,7 @@ GREY = "#666666"
 CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, "#000000")
 DPI = 150
 SHEET_LETTERS = 112  # that fit side by side below the pictures of a sheet's row
+NAME_IN_TITLE = 60  # columns of a run's name: behind it come facts
 NAMED_RUNS = 16  # in a legend
 NAMED_CLASSES = 40  # along an axis of the confusion matrix
 WORST_CLASSES = 60  # bars

@@ -223,7 +223,7 @@ def draw(folder: Path, entry: Entry, classes: Sequence[str], images: Tensor, lab
     probabilities = scores.softmax(1)
     selected = any(member["selected_on_val"] for member in entry["members"]) and entry["split"] == "val"
     images_scored = f"{len(labels):,} {entry['split']} images{' (that selected it)' if selected else ''}"
-    title = f"{shortened(_short(entry), 60)}: {images_scored}"
+    title = f"{shortened(_short(entry), plots.NAME_IN_TITLE)}: {images_scored}"
     sized = f"{title} at {result['size']} px"
     plots.confusion(folder / "confusion.png", matrix, classes, title=sized)
     plots.per_class(folder / "per_class.png", matrix, classes, title=sized)

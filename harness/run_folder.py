@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from augment import EpochDraws, make_batch
-from harness import checkpoint, files, ownership, run_plots
+from harness import checkpoint, files, ownership, plots, run_plots
 from harness.cli import Runtime, idle_settings
 from harness.errors import RunError
 from harness.machine import PRECISIONS, Machine
@@ -55,6 +55,7 @@ class RunFolder:
     ) -> None:
         self.folder, self.recipe, self.classes, self.images, self.machine = folder, recipe, classes, images, machine
         self.name = os.path.basename(os.path.realpath(folder))  # also of "."
+        self._title = shortened(self.name, plots.NAME_IN_TITLE)
         self.rows: list[dict[str, Any]] = []
         self._tensorboard: TensorBoardLog | None = None
         self._drawn = time.monotonic()
@@ -263,7 +264,7 @@ class RunFolder:
             return
         rows = slice(0, self.recipe.stages[stage_index].batch)
         batch = make_batch(images, labels, draws, 0, rows, size, self.recipe.augmentation)
-        heading = f"{shortened(self.name, 60)}, stage {stage_index + 1}: training views at {size} px"
+        heading = f"{self._title}, stage {stage_index + 1}: training views at {size} px"
         name = f"views-stage{stage_index + 1}.png"
         with self._forgiven_if_open(name):
             run_plots.views(self.folder / name, heading, batch, self.classes)
@@ -272,8 +273,8 @@ class RunFolder:
         """Draw the plots of the rows."""
         if not self.rows or not self.machine.leads:
             return
-        plots = run_plots.curves(self.folder, shortened(self.name, 60), self.recipe, self.rows, self.images["val"])
-        for path, draw in plots.items():
+        curves = run_plots.curves(self.folder, self._title, self.recipe, self.rows, self.images["val"])
+        for path, draw in curves.items():
             with self._forgiven_if_open(path.name):
                 draw()
         self._drawn = time.monotonic()

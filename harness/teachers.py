@@ -81,20 +81,20 @@ def _require_fit(teacher: TrainedNetwork, dataset: DataSet, val: Tensor, data_di
         )
 
 
-def note_on_first_weights(source: str, split: Split, data_dir: Path) -> str:
+def note_on_first_weights(network: TrainedNetwork, split: Split, data_dir: Path) -> str:
     """What to say where the network whose weights a run starts from may have learnt what validates here; else "".
 
     Unlike a teacher it is not refused, and nothing is known of one of other images.
     """
     try:
-        learnt, how = _learnt(checkpoint.load_network(source), split.dataset, data_dir)
+        learnt, how = _learnt(network, split.dataset, data_dir)
     except RunError:  # its split cannot be made of these images
         return ""
     shared = 0 if learnt is None else int(learnt[split.val].sum())
     if not shared:
         return ""
     images = f"{shared:,} of the {len(split.val):,} images that validate here"
-    return f"--init {source}: {how} {images}, so their accuracy flatters"
+    return f"--init {network.file}: {how} {images}, so their accuracy flatters"
 
 
 def _learnt(network: TrainedNetwork, dataset: DataSet, data_dir: Path) -> tuple[Tensor | None, str]:
