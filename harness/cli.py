@@ -23,7 +23,7 @@ from settings import check_limits, option
 class Runtime:
     """Where a run is made, on what, and how it is shown: nothing that should decide its result."""
 
-    data_dir: Path = option("folder that holds stl10_binary, or gets it", Path("data"))
+    data_dir: Path = option("folder with stl10_binary/; files that it lacks are downloaded into it", Path("data"))
     images: Path | None = option(
         "train on the pictures in this folder instead: one folder per class, split by --val-fraction, "
         "or train/ and val/ that hold one folder per class each",
