@@ -164,7 +164,10 @@ def build_parser() -> argparse.ArgumentParser:
         "with the original project's figures (default: clean: the images themselves, in eval mode)",
     )
     parser.add_argument(
-        "--out", type=file_path, metavar="FOLDER", help="folder for report and plots (default: in the run folder)"
+        "--out",
+        type=file_path,
+        metavar="FOLDER",
+        help="folder for report and plots (default: evaluation-… in the run folder, or beside the runs if several)",
     )
     text = "folder that holds {} (default: where the run found them, as its config.json says)"
     parser.add_argument("--data-dir", type=file_path, metavar="PATH", help=text.format("stl10_binary"))

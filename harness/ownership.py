@@ -58,9 +58,9 @@ def remove_run(folder: Path) -> None:
 
     A kill midway leaves either a whole run, or a removal that the next call completes.
     """
-    (folder / "previous.pt").unlink(missing_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        files.rename(folder / "last.pt", folder / OVERWRITTEN)
+    for name in ("previous.pt", "last.pt"):
+        with contextlib.suppress(FileNotFoundError):
+            files.rename(folder / name, folder / OVERWRITTEN)
     for path in _matching(folder, (*RUN_FILES, scoring_ledger.FILE)):
         path.unlink()
     for report in _matching(folder, [f"evaluation-*/{REPORT}"]):

@@ -71,9 +71,15 @@ class RunFolder:
         """`best_row` of the rows so far."""
         return best_row(self.rows)
 
-    def locked(self) -> contextlib.AbstractContextManager:
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
         """The context in which no other run uses the folder. Raises RunError if one does."""
-        return files.locked(self.folder, wait=False) if self.machine.leads else contextlib.nullcontext()
+        with files.locked(self.folder, wait=False) if self.machine.leads else contextlib.nullcontext():
+            try:
+                yield
+            finally:
+                if self._tensorboard is not None:
+                    self._tensorboard.close()
 
     def resume(self, overwrite: bool, tensorboard: bool = False) -> dict[str, Any] | None:
         """Take up the state in the folder and return it, or None if there is none or it is to be overwritten.
@@ -281,8 +287,6 @@ class RunFolder:
 
     def finish(self, net: torch.nn.Module) -> None:
         """Draw the plots, write `summary.json` and print the result, of as many epochs as there are."""
-        if self._tensorboard is not None:
-            self._tensorboard.close()
         if not self.rows or not self.machine.leads:
             return
         self.draw()

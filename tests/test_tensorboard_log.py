@@ -24,6 +24,10 @@ def written(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
+def failing(*args: object) -> None:
+    raise RunError("full")
+
+
 def test_scalars_are_the_rows_of_the_csv_once_each(tmp_path: Path, empty_plots: None, monkeypatch) -> None:
     pytest.importorskip("tensorboard")
     line = [*command(tmp_path), "--epochs", "2", "1"]
@@ -32,6 +36,10 @@ def test_scalars_are_the_rows_of_the_csv_once_each(tmp_path: Path, empty_plots: 
         assert train.main([*line, "--max-minutes", "1"]) == STOPPED_BY_TIME
     assert [step for step, _ in written(tmp_path / "run")["train_loss"]] == [1]
     threads = threading.active_count()
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="^full$"):
+        patch.setattr(train, "train_epochs", failing)
+        train.main(line)
+    assert threading.active_count() == threads
     assert train.main(line) == 0
     assert threading.active_count() == threads  # none is left in a notebook's kernel
     with open(tmp_path / "run" / "metrics.csv", newline="") as file:
