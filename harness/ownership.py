@@ -58,9 +58,11 @@ def remove_run(folder: Path) -> None:
 
     A kill midway leaves either a whole run, or a removal that the next call completes.
     """
-    for name in ("previous.pt", "last.pt"):
-        with contextlib.suppress(FileNotFoundError):
-            files.rename(folder / name, folder / OVERWRITTEN)
+    last, previous = folder / "last.pt", folder / "previous.pt"
+    if last.exists():
+        previous.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        files.rename(last if last.exists() else previous, folder / OVERWRITTEN)
     for path in _matching(folder, (*RUN_FILES, scoring_ledger.FILE)):
         path.unlink()
     for report in _matching(folder, [f"evaluation-*/{REPORT}"]):

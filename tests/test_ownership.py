@@ -139,8 +139,8 @@ def test_overwriting_takes_all_that_is_of_the_network_that_is_gone(run: Path, ca
 
 @pytest.mark.parametrize("lost", [None, "last.pt"])  # as a kill between the two renames of a commit leaves it
 @pytest.mark.parametrize("step", range(1, 8))
-def test_a_removal_that_is_killed_goes_on(step: int, lost: str | None, run: Path, monkeypatch) -> None:
-    """The next start, without --overwrite, begins from nothing."""
+def test_a_removal_that_is_killed_leaves_a_run_or_goes_on(step: int, lost: str | None, run: Path, monkeypatch) -> None:
+    """At each step but a whole run's first the next start, without --overwrite, begins from nothing."""
     if lost:
         (run / lost).unlink()
     calls = 0
@@ -160,9 +160,10 @@ def test_a_removal_that_is_killed_goes_on(step: int, lost: str | None, run: Path
         patch.setattr(Path, "unlink", counted(Path.unlink))
         with pytest.raises(KeyboardInterrupt):
             ownership.remove_run(run)
-    assert ownership.overwriting(run)
-    if step > 1:
-        assert checkpoint.resume(run) == (None, None)
+    if step == 1 and not lost:
+        assert not (run / "previous.pt").exists() and checkpoint.resume(run)[0]["epoch"] == 4
+        return
+    assert ownership.overwriting(run) and checkpoint.resume(run) == (None, None)
     assert trained(run, "--seed", 5) == 0
     assert checkpoint.load_network(run).recipe.seed == 5 and not ownership.overwriting(run)
 
