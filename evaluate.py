@@ -347,22 +347,21 @@ def score_original(
     member: TrainedNetwork, images: Tensor, labels: Tensor, size: int | None, machine: Machine
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
     """How the views were made, their logits (n, K) and their labels (n,); size and batch as in the network's stage."""
-    stage_index, epoch = member.recipe.stage_and_epoch(member.epoch - 1)
-    stage = member.recipe.stages[stage_index]
-    size = size or stage.crop_size_in(epoch)
+    epoch = member.recipe.at(member.epoch - 1)
+    size, batch = size or epoch.crop_size, epoch.stage.batch
     try:
         with progress(len(images) * scoring.ORIGINAL_VIEWS, size) as bar:
             scores, index = scoring.original_logits(
                 member.model,
                 images.to(machine.device),
                 size,
-                stage.batch,
+                batch,
                 precision=machine.precision,
                 tick=bar.update,
             )
     except ValueError as error:
         raise RunError(f"{member.file} cannot be scored as the original was: {error}") from error
-    return {"size": size, "tta": "original", "batch": stage.batch}, scores, labels[index]
+    return {"size": size, "tta": "original", "batch": batch}, scores, labels[index]
 
 
 def progress(total: int, size: int) -> tqdm:

@@ -194,7 +194,7 @@ def quiet() -> Iterator[None]:
 
 def metadata(trained: TrainedNetwork) -> dict[str, str]:
     """What the user of a file must know, as text. `val_accuracy` is averaged over what `val_accuracy_tta` says."""
-    tta = trained.recipe.tta_at(trained.epoch - 1)
+    tta = trained.recipe.at(trained.epoch - 1).tta
     return {
         "input": INPUT,
         "output": "logits, float32 (N, classes)",

@@ -5,7 +5,7 @@ Each setting is a flag of `train.py` and an entry of `config.json`. A continued 
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from augment import ViewOptions
 from data import AUGMENTATIONS, TUNE_FOLDS
@@ -55,6 +55,17 @@ class Stage:
         """The crop sizes that no epoch uses, because there are fewer epochs than sizes."""
         used = {self.crop_size_in(epoch) for epoch in range(self.epochs)}
         return tuple(size for size in dict.fromkeys(self.crop_size) if size not in used) if self.epochs else ()
+
+
+class Epoch(NamedTuple):
+    """What a recipe says of one epoch of a run."""
+
+    stage_index: int  # from 0
+    stage: Stage
+    number: int  # within the stage, from 0
+    crop_size: int  # side of the training views in px
+    augmentation: ViewOptions
+    tta: str  # forms over which the validation images are scored after it
 
 
 @dataclass(frozen=True)
@@ -158,39 +169,20 @@ class Recipe:
         """Epochs of all stages together."""
         return sum(stage.epochs for stage in self.stages)
 
-    def stage_and_epoch(self, epochs_done: int) -> tuple[int, int]:
-        """Stage and epoch within it, both from 0, after `epochs_done` finished epochs. Raises ValueError at the end."""
-        for index, stage in enumerate(self.stages):
-            if epochs_done < stage.epochs:
-                return index, epochs_done
-            epochs_done -= stage.epochs
-        raise ValueError("the recipe has no further epoch")
+    def at(self, epochs_done: int) -> Epoch:
+        """The run's next epoch, after `epochs_done` finished ones. Raises ValueError at the end.
 
-    def stage_at(self, epochs_done: int) -> Stage:
-        """The stage of the run's next epoch, after `epochs_done` of them."""
-        return self.stages[self.stage_and_epoch(epochs_done)[0]]
-
-    def augmentation_at(self, epochs_done: int) -> ViewOptions:
-        """Options of the views in the run's next epoch, after `epochs_done` of them."""
-        if epochs_done < round(self.mix_until * self.epochs):
-            return self.augmentation
-        return dataclasses.replace(self.augmentation, mixup=0.0, cutmix=0.0)
-
-    def crop_size_at(self, epochs_done: int) -> int:
-        """Side in px of the views in the run's next epoch, after `epochs_done` of them."""
-        index, epoch = self.stage_and_epoch(epochs_done)
-        return self.stages[index].crop_size_in(epoch)
-
-    def tta_at(self, epochs_done: int) -> str:
-        """Forms over which the validation images are scored after the run's next epoch, the one after `epochs_done`.
-
-        `tta` after the last epoch, whose figure counts. Before it "mirror" replaces "multi", at a fifth of the cost.
+        Before the last epoch, whose figure counts, TTA "mirror" replaces "multi", at a fifth of the cost.
         """
-        return "mirror" if self.tta == "multi" and epochs_done + 1 < self.epochs else self.tta
-
-    def first_epoch_of(self, stage_index: int) -> int:
-        """Epochs of the stages before stage `stage_index`, both counted from 0."""
-        return sum(stage.epochs for stage in self.stages[:stage_index])
+        mixes = epochs_done < round(self.mix_until * self.epochs)
+        augmentation = self.augmentation if mixes else dataclasses.replace(self.augmentation, mixup=0.0, cutmix=0.0)
+        tta = "mirror" if self.tta == "multi" and epochs_done + 1 < self.epochs else self.tta
+        number = epochs_done
+        for index, stage in enumerate(self.stages):
+            if number < stage.epochs:
+                return Epoch(index, stage, number, stage.crop_size_in(number), augmentation, tta)
+            number -= stage.epochs
+        raise ValueError("the recipe has no further epoch")
 
     @property
     def rate_by_step(self) -> bool:
@@ -203,7 +195,7 @@ class Recipe:
 
     def samples(self, images: int, epochs_done: int) -> int:
         """Samples of the first `epochs_done` epochs over `images` training images: whole batches only."""
-        stages = map(self.stage_at, range(epochs_done))
+        stages = [self.at(done).stage for done in range(epochs_done)]
         return sum(self.steps_per_epoch(stage, images) * stage.batch for stage in stages)
 
     def learning_rate(self, stage: Stage, epoch: float) -> float:

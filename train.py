@@ -100,11 +100,11 @@ def begin_or_continue(trainer: "Trainer", run: RunFolder, split: Split, runtime:
     if run.epochs_done == recipe.epochs:
         print("this run is finished; --overwrite starts over")
         return  # train_epochs finds nothing left to do
-    stage_index, epoch = recipe.stage_and_epoch(run.epochs_done)
+    epoch = recipe.at(run.epochs_done)
     if state:
         with checkpoint.mismatch_reported(run.folder / "last.pt"):
-            if epoch:
-                trainer.begin_stage(recipe.stages[stage_index], run.images["train"])
+            if epoch.number:
+                trainer.begin_stage(epoch.stage, run.images["train"])
                 trainer.restore(state)
             else:  # between two stages the weights alone go on
                 trainer.net.load_state_dict(state["model"])
@@ -129,12 +129,10 @@ def train_epochs(trainer: "Trainer", run: RunFolder, split: Split, interrupt: In
     progress = Progress(trainer.form, recipe, trainer.net, run.images, len(dataset.classes))
     while run.epochs_done < recipe.epochs:
         began = time.monotonic()
-        stage_index, epoch = recipe.stage_and_epoch(run.epochs_done)
-        stage = recipe.stages[stage_index]
-        size = stage.crop_size_in(epoch)
+        stage_index, stage, epoch, size, augmentation, tta = recipe.at(run.epochs_done)
         seed = (recipe.seed, stage_index, epoch)
         indices = balanced_indices(train, dataset.labels, seed) if recipe.balance else train
-        draws = draw_epoch(indices, recipe.views_per_image, stage.batch, recipe.augmentation_at(run.epochs_done), seed)
+        draws = draw_epoch(indices, recipe.views_per_image, stage.batch, augmentation, seed)
         draws = draws.to(machine.device, images.device)
         if epoch == 0:
             trainer.begin_stage(stage, len(train))
@@ -148,7 +146,6 @@ def train_epochs(trainer: "Trainer", run: RunFolder, split: Split, interrupt: In
 
             result = trainer.train_epoch(images, labels, draws, stage, size, after_step)
         trained_at = time.monotonic()
-        tta = recipe.tta_at(run.epochs_done)
         val_loss, val_accuracy = trainer.validate(images, labels, val, stage.eval_size, tta)
         run.require_finite(result.losses, result.finite, val_loss)  # nothing of the epoch is committed yet
         run.commit(

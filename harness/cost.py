@@ -34,10 +34,10 @@ def seconds_at_rates(
     after each epoch, at each eval size too.
     """
     seconds = 0.0
-    for done in range(epochs_done, recipe.epochs if end is None else end):
-        seconds += images * recipe.views_per_image / rates[recipe.crop_size_at(done)]
+    for epoch in map(recipe.at, range(epochs_done, recipe.epochs if end is None else end)):
+        seconds += images * recipe.views_per_image / rates[epoch.crop_size]
         if val:  # a forward pass alone, of each TTA form
-            seconds += val * PIXELS[recipe.tta_at(done)] * FORWARD_SHARE / rates[recipe.stage_at(done).eval_size]
+            seconds += val * PIXELS[epoch.tta] * FORWARD_SHARE / rates[epoch.stage.eval_size]
     return seconds
 
 
@@ -46,11 +46,10 @@ def next_epoch_seconds(recipe: Recipe, epochs_done: int, train_seconds: float, r
 
     Both grow with the pixels. The rest is mostly scoring, whose pixels are those of every TTA form of an image.
     """
-    before, after = epochs_done - 1, epochs_done
-    eval_sizes = [recipe.stage_at(done).eval_size for done in (before, after)]
-    forms = PIXELS[recipe.tta_at(after)] / PIXELS[recipe.tta_at(before)]
-    train_seconds *= (recipe.crop_size_at(after) / recipe.crop_size_at(before)) ** 2
-    return train_seconds + rest_seconds * (eval_sizes[1] / eval_sizes[0]) ** 2 * forms
+    last, next_one = recipe.at(epochs_done - 1), recipe.at(epochs_done)
+    train_seconds *= (next_one.crop_size / last.crop_size) ** 2
+    rest_seconds *= (next_one.stage.eval_size / last.stage.eval_size) ** 2 * PIXELS[next_one.tta] / PIXELS[last.tta]
+    return train_seconds + rest_seconds
 
 
 def _rate(machine: Machine, net: nn.Module, size: int) -> float:

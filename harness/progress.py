@@ -50,9 +50,8 @@ class Progress:
 
         The bar shows the last loss of `rows`, which is of the epoch before: it must not wait for the device.
         """
-        stage_index, epoch = self.recipe.stage_and_epoch(epochs_done)
-        stage = self.recipe.stages[stage_index]
-        size, steps = stage.crop_size_in(epoch), self.recipe.steps_per_epoch(stage, self.images)
+        stage_index, stage, _, size, *_ = self.recipe.at(epochs_done)
+        steps = self.recipe.steps_per_epoch(stage, self.images)
         compiles = self.form.compiles and (size, stage.batch) not in self._compiled
         self._compiled.add((size, stage.batch))
         if compiles and self.machine.leads:
@@ -89,7 +88,8 @@ class Progress:
 
     def compile_seconds(self, epochs_done: int) -> float:
         """Seconds to expect of compiling in the epoch after `epochs_done` finished ones: as long as last time, or 0."""
-        shape = (self.recipe.crop_size_at(epochs_done), self.recipe.stage_at(epochs_done).batch)
+        epoch = self.recipe.at(epochs_done)
+        shape = (epoch.crop_size, epoch.stage.batch)
         return self._compile_seconds if self.form.compiles and shape not in self._compiled else 0.0
 
     def forecast(self, epochs_done: int, samples_per_second: float) -> str:
@@ -98,16 +98,16 @@ class Progress:
         Empty for a run that ends soon.
         """
         recipe, machine = self.recipe, self.machine
+        stage_index, stage, number, size, *_ = recipe.at(epochs_done)
         modelled = cost.modelled_rates(machine, recipe, self.net)
-        speed = samples_per_second / modelled[recipe.crop_size_at(epochs_done)]
+        speed = samples_per_second / modelled[size]
         rates = {size: speed * modelled_rate for size, modelled_rate in modelled.items()}
-        stage_index, _ = recipe.stage_and_epoch(epochs_done)
-        ends = (recipe.first_epoch_of(stage_index + 1), recipe.epochs)
-        stage, run = (cost.seconds_at_rates(recipe, self.images, rates, epochs_done, end, self.val) for end in ends)
+        ends = (epochs_done - number + stage.epochs, recipe.epochs)
+        part, run = (cost.seconds_at_rates(recipe, self.images, rates, epochs_done, end, self.val) for end in ends)
         if run < SOON:
             return ""
-        words = f"{samples_per_second:,.0f} samples/s: stage {stage_index + 1} ends {_clock_time(stage)}"
-        words += f", the run {_clock_time(run)} (in {duration(run)})" if run > stage else f" (in {duration(stage)})"
+        words = f"{samples_per_second:,.0f} samples/s: stage {stage_index + 1} ends {_clock_time(part)}"
+        words += f", the run {_clock_time(run)} (in {duration(run)})" if run > part else f" (in {duration(part)})"
         if machine.device.type == "cpu" and run > LONG and recipe.name != CPU.name:
             words += self._advice(speed)
         return words

@@ -195,11 +195,10 @@ class RunFolder:
 
     def what_needs_memory(self) -> str:
         """The epoch in flight, as the end of a sentence about memory, with the way out."""
-        done = min(self.epochs_done, self.recipe.epochs - 1)
-        stage, size = self.recipe.stage_at(done), self.recipe.crop_size_at(done)
+        epoch = self.recipe.at(min(self.epochs_done, self.recipe.epochs - 1))
         return (
-            f"epoch {self.epochs_done + 1}: batches of {stage.batch} views of {size} px, "
-            f"scored at {stage.eval_size} px; give a smaller --batch, --crop-size or --eval-size, "
+            f"epoch {self.epochs_done + 1}: batches of {epoch.stage.batch} views of {epoch.crop_size} px, "
+            f"scored at {epoch.stage.eval_size} px; give a smaller --batch, --crop-size or --eval-size, "
             "or fewer --views, whose random numbers are drawn an epoch at a time"
         )
 
@@ -239,9 +238,9 @@ class RunFolder:
             return
         if self.best is self.rows[-1]:
             checkpoint.save_weights(self.folder / "best.pt", state, self.best["val_accuracy"])
-        stage_index, epoch = self.recipe.stage_and_epoch(self.epochs_done - 1)
-        if epoch + 1 == self.recipe.stages[stage_index].epochs and self.epochs_done < self.recipe.epochs:
-            checkpoint.save_weights(self.folder / f"stage{stage_index + 1}.pt", state)
+        epoch = self.recipe.at(self.epochs_done - 1)
+        if epoch.number + 1 == epoch.stage.epochs and self.epochs_done < self.recipe.epochs:
+            checkpoint.save_weights(self.folder / f"stage{epoch.stage_index + 1}.pt", state)
         self._write_csv()
         if self._tensorboard is not None:
             self._tensorboard.follow(self.rows)
@@ -325,7 +324,7 @@ class RunFolder:
             "val_accuracy": row["val_accuracy"],
             "interval_95": list(interval(row["val_accuracy"], self.images["val"])),
             "eval_size": self.recipe.stages[row["stage"] - 1].eval_size,
-            "tta": self.recipe.tta_at(row["epoch"] - 1),
+            "tta": self.recipe.at(row["epoch"] - 1).tta,
         }
 
 

@@ -37,28 +37,32 @@ def curves(
         "restarts": _restarts(recipe),
         "stage_names": [f"{'→'.join(map(str, dict.fromkeys(s.crop_size)))} px" for s in recipe.stages],
     }
-    points = [(n, epoch / 8) for n, stage in enumerate(recipe.stages) for epoch in range(8 * stage.epochs)]
-    at = float if recipe.rate_by_step else int  # a rate that changes with the epoch is that of its beginning
-    rates = (
-        [recipe.first_epoch_of(index) + epoch for index, epoch in points],
-        [recipe.learning_rate(recipe.stages[index], at(epoch)) for index, epoch in points],
-        [index + 1 for index, _ in points],
-    )
-    val_size = recipe.stage_at(len(rows) - 1).eval_size
+    val_size = recipe.at(len(rows) - 1).stage.eval_size
     accuracy, losses, rate = (folder / f"{name}.png" for name in ("accuracy", "losses", "learning_rate"))
     drawn = {
         accuracy: partial(plots.accuracy, accuracy, rows, val_images=val_images, val_size=val_size, **shared),
         losses: partial(plots.losses, losses, rows, **shared),
-        rate: partial(plots.learning_rate, rate, *rates, **shared),
+        rate: partial(plots.learning_rate, rate, *_rates(recipe), **shared),
     }
     if all(row["val_accuracy"] is None for row in rows):
         del drawn[accuracy]
     return drawn
 
 
+def _rates(recipe: Recipe) -> tuple[list[float], list[float], list[int]]:
+    """Of eight points an epoch: the epochs done, the learning rate, and the stage's number."""
+    points = [(done, eighth / 8, recipe.at(done)) for done in range(recipe.epochs) for eighth in range(8)]
+    moves = 1 if recipe.rate_by_step else 0  # a rate that changes with the epoch is that of its beginning
+    return (
+        [done + part for done, part, _ in points],
+        [recipe.learning_rate(epoch.stage, epoch.number + moves * part) for _, part, epoch in points],
+        [epoch.stage_index + 1 for _, _, epoch in points],
+    )
+
+
 def _restarts(recipe: Recipe) -> list[int]:
     if recipe.schedule != "restarts":
         return []
-    cycle = (recipe.cycle, recipe.cycle_growth)
-    stages = enumerate(recipe.stages)
-    return [recipe.first_epoch_of(n) + epoch for n, stage in stages for epoch in restart_epochs(stage.epochs, *cycle)]
+    starts = [set(restart_epochs(stage.epochs, recipe.cycle, recipe.cycle_growth)) for stage in recipe.stages]
+    epochs = map(recipe.at, range(recipe.epochs))
+    return [done for done, epoch in enumerate(epochs) if epoch.number in starts[epoch.stage_index]]

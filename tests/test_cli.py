@@ -62,9 +62,10 @@ def test_flags_replace_the_recipes_values():
 def test_one_value_a_stage():
     recipe, _ = parse_train(["--epochs", "30", "0"])
     assert [stage.epochs for stage in recipe.stages] == [30, 0]
-    assert recipe.stage_and_epoch(29) == (0, 29)
+    last = recipe.at(29)
+    assert (last.stage_index, last.number) == (0, 29)
     with pytest.raises(ValueError, match="no further"):
-        recipe.stage_and_epoch(30)
+        recipe.at(30)
 
 
 @pytest.mark.parametrize(

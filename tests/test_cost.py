@@ -50,7 +50,7 @@ def test_seconds_are_samples_over_rates():
 
 def test_seconds_follow_the_sizes_within_a_stage():
     recipe = RECIPES["cpu"]
-    sizes = [recipe.crop_size_at(epoch) for epoch in range(recipe.epochs)]
+    sizes = [recipe.at(epoch).crop_size for epoch in range(recipe.epochs)]
     rates = {32: 200.0, 48: 90.0, 64: 50.0}
     expected = sum(1 / rates[size] for size in sizes) * 4_000 * recipe.views_per_image
     assert seconds_at_rates(recipe, 4_000, rates) == pytest.approx(expected)

@@ -16,24 +16,24 @@ RECIPE = dataclasses.replace(RECIPES["cpu-long"], mix_until=0.75)
 
 
 def test_the_last_share_of_the_epochs_is_not_mixed() -> None:
-    mixes = [RECIPE.augmentation_at(done).mixes for done in range(RECIPE.epochs)]
+    mixes = [RECIPE.at(done).augmentation.mixes for done in range(RECIPE.epochs)]
     assert mixes == [True] * 18 + [False] * 6
     always = dataclasses.replace(RECIPE, mix_until=1.0)
-    assert all(always.augmentation_at(done) == always.augmentation for done in range(always.epochs))
+    assert all(always.at(done).augmentation == always.augmentation for done in range(always.epochs))
     never = dataclasses.replace(RECIPE, mix_until=0.0)
-    assert not any(never.augmentation_at(done).mixes for done in range(never.epochs))
+    assert not any(never.at(done).augmentation.mixes for done in range(never.epochs))
 
 
 def test_an_unmixed_epoch_is_else_the_same() -> None:
     """By the same draws; and the trainer, which mixes by its recipe, gets views and labels as they are."""
     mixed, plain = (
-        draw_epoch(torch.arange(40), 1, 20, RECIPE.augmentation_at(done), (0, 0, 20)) for done in (0, RECIPE.epochs - 1)
+        draw_epoch(torch.arange(40), 1, 20, RECIPE.at(done).augmentation, (0, 0, 20)) for done in (0, RECIPE.epochs - 1)
     )
     assert (plain.own_share == 1).all() and not (mixed.own_share == 1).all()
     assert torch.equal(plain.order, mixed.order) and torch.equal(plain.uniforms, mixed.uniforms)
     assert plain.colour_orders == mixed.colour_orders
     images = torch.randint(0, 256, (40, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    off = RECIPE.augmentation_at(RECIPE.epochs - 1)
+    off = RECIPE.at(RECIPE.epochs - 1).augmentation
     for options in (off, RECIPE.augmentation):
         batch = make_batch(images, torch.arange(40), plain, 0, slice(0, 20), 32, options)
         assert torch.equal(batch.x, make_batch(images, torch.arange(40), plain, 0, slice(0, 20), 32, off).x)

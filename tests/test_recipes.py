@@ -61,11 +61,12 @@ def test_a_recipe_of_other_settings_is_refused():
 
 def test_stages_follow_each_other():
     recipe = dataclasses.replace(RECIPES["original"], stages=tuple(Stage(n, (32,), 32, 4, 0.1) for n in (2, 0, 3)))
-    assert [recipe.stage_and_epoch(done) for done in range(5)] == [(0, 0), (0, 1), (2, 0), (2, 1), (2, 2)]
-    assert [recipe.first_epoch_of(index) for index in range(3)] == [0, 2, 2]
+    epochs = [recipe.at(done) for done in range(5)]
+    assert [(epoch.stage_index, epoch.number) for epoch in epochs] == [(0, 0), (0, 1), (2, 0), (2, 1), (2, 2)]
+    assert all(epoch.stage is recipe.stages[epoch.stage_index] for epoch in epochs)
     assert recipe.epochs == 5
     with pytest.raises(ValueError, match="no further"):
-        recipe.stage_and_epoch(5)
+        recipe.at(5)
 
 
 @pytest.mark.parametrize("epochs, sizes, expected", [(6, (48, 64, 80), [48, 48, 64, 64, 80, 80]), (3, (70,), [70] * 3)])
@@ -73,7 +74,7 @@ def test_crop_sizes_share_a_stage(epochs, sizes, expected):
     stage = Stage(epochs, sizes, 96, 64, 0.1)
     assert [stage.crop_size_in(epoch) for epoch in range(epochs)] == expected
     recipe = dataclasses.replace(RECIPES["original"], stages=(Stage(1, (32,), 32, 4, 0.1), stage))
-    assert [recipe.crop_size_at(done) for done in range(1 + epochs)] == [32, *expected]
+    assert [recipe.at(done).crop_size for done in range(1 + epochs)] == [32, *expected]
 
 
 def test_samples_are_those_of_whole_batches():
