@@ -9,6 +9,7 @@ python3 evaluate.py runs/cpu-seed0 --split test                  # at the very e
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -94,7 +95,8 @@ def main(argv: list[str] | None = None) -> int:
         whole |= {"pairs": pairs} if pairs else {}
         whole["pictures"] = report.pictures(entries[0]) if drawn else []
         for picture in earlier:
-            (out / picture).unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # on Windows it may be open: the report does not name it
+                (out / picture).unlink(missing_ok=True)
         files.write_text(out / report.REPORT, json.dumps(whole, indent=2) + "\n")
         if drawn:
             report.draw(out, entries[0], networks[0].classes, *scored)

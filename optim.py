@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -154,7 +154,7 @@ def portable_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return state
 
 
-def all_finite(nets: Sequence[nn.Module], optimizer: torch.optim.Optimizer) -> Tensor:
+def all_finite(nets: Iterable[nn.Module], optimizer: torch.optim.Optimizer) -> Tensor:
     """Whether all numbers that a checkpoint would keep of them are finite: bool, 0-dim, on the device."""
     kept = [value for net in nets for value in net.state_dict().values()]
     kept += [value for of_parameter in optimizer.state.values() for value in of_parameter.values()]

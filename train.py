@@ -39,7 +39,7 @@ from harness.metrics import hits_and_loss
 from harness.picture_defaults import fit_to_folder
 from harness.progress import Progress
 from harness.run_folder import RunFolder
-from harness.teachers import Teachers, digest, load_teachers, note_on_first_weights
+from harness.teachers import Teachers, load_teachers, note_on_first_weights
 from losses import LabelSmoothingLoss, distillation_loss
 from optim import RunningAverage, all_finite, build_optimizer, forget_scale, portable_state, rates_on_device
 from recipes import Recipe, Stage, build_network
@@ -58,10 +58,10 @@ def main(argv: list[str] | None = None) -> int:
     if any(stage.epochs and stage.batch > samples for stage in recipe.stages):
         usage_error(f"--batch is more than an epoch's {samples} samples")
     teachers = load_teachers(runtime.teacher, split.dataset, split.val, runtime.data_dir)
-    recipe = dataclasses.replace(recipe, teachers=tuple(map(digest, teachers)))
+    recipe = dataclasses.replace(recipe, teachers=tuple(teachers))
     classes = split.dataset.classes
     try:
-        trainer = Trainer(recipe, len(classes), machine, [teacher.model for teacher in teachers])
+        trainer = Trainer(recipe, len(classes), machine, [teacher.model for teacher in teachers.values()])
     except ValueError as error:
         usage_error(str(error))
     run = RunFolder(default_run_folder(recipe, runtime), recipe, classes, fingerprint(split), machine)
@@ -90,8 +90,9 @@ def fit(trainer: "Trainer", run: RunFolder, split: Split, runtime: Runtime, inte
 
 def begin_or_continue(trainer: "Trainer", run: RunFolder, split: Split, runtime: Runtime) -> None:
     """Put the trainer into the state that the run folder holds, if any; else start from --init, or from scratch."""
+    first = None
     if runtime.overwrite and run.recipe.init:
-        checkpoint.take_weights(trainer.net, run.recipe.init)  # or refuse them, before anything is removed
+        first = checkpoint.take_weights(trainer.net, run.recipe.init)  # or refuse them, before anything is removed
     with distributed.leader_first():
         state = run.resume(runtime.overwrite, runtime.tensorboard)
     trainer.recipe = recipe = run.recipe  # resume may have brought back the rules of an older version
@@ -109,7 +110,7 @@ def begin_or_continue(trainer: "Trainer", run: RunFolder, split: Split, runtime:
             else:  # between two stages the weights alone go on
                 trainer.net.load_state_dict(state["model"])
     elif recipe.init:
-        first = checkpoint.take_weights(trainer.net, recipe.init)
+        first = first or checkpoint.take_weights(trainer.net, recipe.init)
         if note := note_on_first_weights(first, split, runtime.data_dir):
             trainer.machine.note(note)
     for sentence in epoch_warnings(recipe):
@@ -303,7 +304,7 @@ class Trainer:
 
     def _result(self, losses: Tensor, hits: Tensor, samples: int) -> EpochResult:
         """Fetch an epoch's figures from the device, all at once, and put those of all processes together."""
-        finite = all_finite([self.net, self.eval_model], self.optimizer)
+        finite = all_finite({self.net, self.eval_model}, self.optimizer)
         figures = torch.cat([losses.double(), hits.double()[None], finite.double()[None]])
         sums, world = distributed.sum_over_ranks(figures.cpu()), self.machine.world
         losses, hits, finite = sums.split([len(losses), 1, 1])

@@ -137,13 +137,13 @@ def resume(folder: Path) -> tuple[dict[str, Any] | None, Damaged | None]:
 
 def go_back(folder: Path, state: dict[str, Any], damage: Damaged) -> str:
     """Put `previous.pt`, which holds `state`, in the place of the damaged `last.pt`; what that means, as a sentence."""
-    lost = remove_weights_after(folder, state["epoch"])
+    lost = _remove_weights_after(folder, state["epoch"])
     rename(folder / "previous.pt", folder / "last.pt")  # or the next commit would keep the damaged one as previous.pt
     without = f", without {' and '.join(lost)} of the epoch that is lost" if lost else ""
     return f"{damage}; continuing from the state before it (previous.pt){without}"
 
 
-def remove_weights_after(folder: Path, epoch: float) -> list[str]:
+def _remove_weights_after(folder: Path, epoch: int) -> list[str]:
     """Remove a run's files of weights alone that are of a later epoch, and return their names."""
     removed = []
     for path in (path for pattern in WEIGHTS for path in folder.glob(pattern)):

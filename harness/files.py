@@ -180,7 +180,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"cannot create the folder {path}: {reason(error)}") from error
+        raise RunError(f"cannot create the folder {path}: {reason(error)}; choose another folder") from error
 
 
 @contextlib.contextmanager
@@ -192,15 +192,18 @@ def locked(folder: Path, *, wait: bool) -> Iterator[Path]:
     created or written, or is in use.
     """
     make_folder(folder)
-    options = {"timeout": -1 if wait else 0}
     try:
-        lock = filelock.FileLock(folder / LOCK_FILE, fallback_to_soft=False, **options)
+        lock = filelock.FileLock(folder / LOCK_FILE, fallback_to_soft=False)
     except TypeError:  # a version of filelock from before that option
-        lock = filelock.FileLock(folder / LOCK_FILE, **options)
+        lock = filelock.FileLock(folder / LOCK_FILE)
     try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise RunError(f"another run is using {folder}; wait for it or choose another with --out") from None
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            if not wait:
+                raise RunError(f"another run is using {folder}; wait for it or choose another with --out") from None
+            print(f"waiting for another process that fills {folder} …", file=sys.stderr, flush=True)
+            lock.acquire()
     except (OSError, NotImplementedError) as error:  # there are no locks here, unless nothing may be written
         if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
             raise RunError(f"cannot write in {folder}: {reason(error)}; choose another folder") from error

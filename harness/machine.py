@@ -192,29 +192,35 @@ def choose_device(name: str) -> torch.device:
 
     Raises RunError if there is no such device here.
     """
-    if name == "auto":
-        return torch.device("cuda", 0) if _cuda_is_usable() else torch.device("cpu")
-    device = torch.device(name)
+    device = torch.device("cuda" if name == "auto" else name)
     if device.type == "cpu":
         return device
-    if (device.index or 0) >= torch.cuda.device_count():
-        raise RunError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; use --device cpu")
-    return torch.device("cuda", device.index or 0)
+    why, driver = _why_no_cuda()
+    if why and name == "auto":
+        if driver:
+            print(
+                f"warning: there is an NVIDIA driver, but PyTorch cannot use it, so the CPU trains: {why}",
+                file=sys.stderr,
+            )
+        return torch.device("cpu")
+    index, count = device.index or 0, torch.cuda.device_count()
+    if why or index >= count:
+        raise RunError(f"--device {name}: {why or 'PyTorch sees ' + counted(count, 'CUDA device')}; use --device cpu")
+    return torch.device("cuda", index)
 
 
-def _cuda_is_usable() -> bool:
-    """Whether PyTorch finds a CUDA device. Says on stderr why not where a GPU's driver is there all the same."""
+def _why_no_cuda() -> tuple[str, bool]:
+    """Why PyTorch finds no CUDA device, and whether the driver of an NVIDIA GPU is there; "" where it finds one."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        usable = torch.cuda.is_available()
-    driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi")
-    if not usable and (caught or driver):
-        no_cuda = "this PyTorch was built without CUDA (builds with it: pytorch.org), or sees no device"
-        why = reason(caught[0].message) if caught else no_cuda
-        print(
-            f"warning: there is an NVIDIA driver, but PyTorch cannot use it, so the CPU trains: {why}", file=sys.stderr
-        )
-    return usable
+        if torch.cuda.is_available():
+            return "", True
+    driver = bool(caught or Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"))
+    if caught:
+        return reason(caught[0].message), driver
+    if not (torch.version.cuda or torch.version.hip):
+        return "this PyTorch was built without CUDA (builds with it: pytorch.org)", driver
+    return "PyTorch sees no CUDA device here", driver
 
 
 def _try_kernel(device: torch.device) -> None:

@@ -28,6 +28,7 @@ from harness.picture_search import CACHE_PREFIX, named_in_full
 from harness.text import printable
 
 TRUSTS_STATUS = os.name != "nt"  # what Windows calls ctime is the time of creation, so there all files are hashed
+MANY = 2000  # pictures: opening them takes a while
 VERSION = 2  # of what `picture_file.open_square` gives: squares kept by another version are not used
 
 
@@ -152,6 +153,8 @@ def _for_each(work: Callable[[int], None], indices: Sequence[int]) -> dict[int, 
             else:
                 broken[index] = RunError(str(error))  # without its traceback, which holds the picture's memory
 
+    if len(indices) >= MANY:  # where there is no terminal, and so no bar
+        print(f"opening {len(indices):,} pictures …", flush=True)
     pool = ThreadPoolExecutor(distributed.threads_while_others_wait())
     try:
         with warnings.catch_warnings():

@@ -139,9 +139,9 @@ class RunFolder:
             print(f"this run was begun before these settings existed, and goes on with {settings}")
 
     def _require_same_settings(self, state: dict[str, Any]) -> None:
-        now = {**_flat(self.recipe.as_dict()), "images": self.images, "classes": list(self.classes)}
+        now = {**_flat(self.recipe.as_dict()), "images": _in_words(self.images), "classes": list(self.classes)}
         recipe = Recipe.from_dict(state["recipe"]).as_dict()  # a setting that is newer than the state has its default
-        then = {**_flat(recipe), "images": state["images"], "classes": state["classes"]}
+        then = {**_flat(recipe), "images": _in_words(state["images"]), "classes": state["classes"]}
         if now["init"] and then["init"] and files.identity(Path(now["init"])) == files.identity(Path(then["init"])):
             then["init"] = now["init"]  # one file by two paths
         idle = idle_settings(self.recipe)
@@ -185,10 +185,13 @@ class RunFolder:
             what = "the validation loss"
         else:
             return
-        way_out = "Try a lower --lr or --precision fp32"
+        way_out = "Try a lower --lr"
         if self.epochs_done:
             way_out += ", with another --out; "
             way_out += f"--init {self.folder / 'last.pt'} starts from the weights of epoch {self.epochs_done}"
+        if self.machine.precision is not torch.float32:  # in fp16 the likely cause; no part of the recipe
+            goes_on = f"goes on after epoch {self.epochs_done}" if self.epochs_done else "begins again"
+            way_out = f"The same command with --precision fp32 {goes_on}. If that does not help, t{way_out[1:]}"
         raise RunError(
             f"{what} of epoch {self.epochs_done + 1} is not a finite number, so the run has stopped. {way_out}"
         )
@@ -267,7 +270,7 @@ class RunFolder:
         """Draw the first views of a stage, as the network will see them."""
         if not self.machine.leads:
             return
-        rows = slice(0, self.recipe.stages[stage_index].batch)
+        rows = self.machine.share_of_batch(0, self.recipe.stages[stage_index].batch)  # within which samples are mixed
         batch = make_batch(images, labels, draws, 0, rows, size, self.recipe.augmentation)
         heading = f"{self._title}, stage {stage_index + 1}: training views at {size} px"
         name = f"views-stage{stage_index + 1}.png"
@@ -340,6 +343,12 @@ def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
     for index, stage in enumerate(recipe["stages"]):
         flat |= {f"{k} of stage {index + 1}": v for k, v in stage.items()}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items()}
+
+
+def _in_words(images: Mapping[str, Any]) -> str:
+    """A fingerprint of images; the digest's first digits tell a user's changed pictures apart."""
+    digest = f" (digest {images['digest'][:8]})" if "digest" in images else ""
+    return f"{images['train']:,} train and {images['val']:,} val{digest}"
 
 
 def _plain(value: Any) -> Any:

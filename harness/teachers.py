@@ -36,9 +36,10 @@ class Teachers:
         return softened_mean([each.float() for each in logits], self.temperature)
 
 
-def load_teachers(paths: Sequence[Path], dataset: DataSet, val: Tensor, data_dir: Path) -> list[TrainedNetwork]:
+def load_teachers(paths: Sequence[Path], dataset: DataSet, val: Tensor, data_dir: Path) -> dict[str, TrainedNetwork]:
     """The networks of run folders or checkpoints, on the CPU, as teachers of a run that validates on the images `val`.
 
+    Each under the digest that the student's recipe keeps of it: of its weights and statistics, all as loaded.
     Raises RunError for one that cannot be read, has other classes or was trained with other images than the `dataset`,
     may have learnt any of `val`, or is named twice.
     """
@@ -53,11 +54,10 @@ def load_teachers(paths: Sequence[Path], dataset: DataSet, val: Tensor, data_dir
             f"teacher: {teacher.file} ({teacher.recipe.name}, epoch {teacher.epoch} of {teacher.recipe.epochs}, "
             f"{count_parameters(teacher.model):,} parameters)"
         )
-    return list(teachers.values())
+    return teachers
 
 
 def digest(network: TrainedNetwork) -> str:
-    """What a student's recipe keeps of a teacher: a digest of its weights and statistics, all as loaded."""
     known = hashlib.sha256()
     for name, value in network.model.state_dict().items():
         known.update(f"{name} {tuple(value.shape)} ".encode())

@@ -264,7 +264,7 @@ def test_class_names_are_the_official_ones(official):
     assert data.CLASSES == tuple((Path(os.environ["STL10_DIR"]) / data.FOLDER / "class_names.txt").read_text().split())
 
 
-def test_who_comes_second_waits_for_the_folder(tmp_path):
+def test_who_comes_second_says_so_and_waits_for_the_folder(tmp_path, capsys):
     entered = threading.Event()
 
     def enter() -> None:
@@ -278,3 +278,4 @@ def test_who_comes_second_waits_for_the_folder(tmp_path):
         assert not entered.wait(0.2)
     second.join(10)
     assert entered.is_set()
+    assert capsys.readouterr().err == f"waiting for another process that fills {folder} …\n"

@@ -55,15 +55,28 @@ def test_a_run_s_threads_are_not_those_of_the_next(restored, monkeypatch: pytest
         assert torch.get_num_threads() == threads
 
 
-def test_a_device_that_is_not_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(RunError, match="--device cuda:7: .* use"):
+@pytest.mark.parametrize(
+    "there, built_for, why",
+    [
+        (True, "12.6", "PyTorch sees 1 CUDA device"),
+        (False, "12.6", "PyTorch sees no CUDA device here"),
+        (False, None, r"this PyTorch was built without CUDA \(builds with it: pytorch.org\)"),
+    ],
+)
+def test_a_device_that_is_not_there_is_a_sentence(
+    there: bool, built_for: str | None, why: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(there))
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    with pytest.raises(RunError, match=f"--device cuda:7: {why}; use --device cpu"):
         start_machine(Runtime(device="cuda:7"))
 
 
 def test_auto_is_the_first_cuda_device_or_the_cpu(monkeypatch: pytest.MonkeyPatch):
     for there, device in ((True, torch.device("cuda", 0)), (False, CPU)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda there=there: int(there))
         assert choose_device("auto") == device
 
 
@@ -221,6 +234,7 @@ def test_each_process_has_the_card_of_its_place_on_its_machine(world, place, car
         monkeypatch.setattr(torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
     current, joined = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(machine_module.distributed, "join", joined.append)

@@ -1,5 +1,6 @@
 """What a run leaves in its folder: pictures of training views, rates, notes and the summary."""
 
+import dataclasses
 import errno
 import importlib.metadata
 import json
@@ -15,12 +16,13 @@ from picture_folders import TINY, fill
 
 import evaluate
 import train
-from augment import denormalise
-from harness import checkpoint, cli, errors, files, plots, run_folder
+from augment import denormalise, draw_epoch, make_batch
+from harness import checkpoint, cli, errors, files, plots, run_folder, run_plots
 from harness.demo_shapes import DEMO_CLASSES
 from harness.images import recorded_source
+from harness.machine import Machine
 from harness.metrics import wilson
-from recipes import Stage
+from recipes import RECIPES, Stage
 from scheduler import warmup_cosine_rate
 
 MIXED = "--mixup 1 --cutmix 1 --mix-probability 0.8 --erase 0.5".split()
@@ -80,6 +82,22 @@ def test_sheets_of_views_show_the_first_batch_of_each_stage(flags, tmp_path, sma
             assert list(shown) == sorted(shown, key=lambda name: -int(shown[name])), title
             two += len(shown) == 2
         assert (two > 0) == bool(flags)
+
+
+def test_a_sheet_shows_the_views_of_the_leaders_share_of_the_batch(tmp_path: Path, monkeypatch) -> None:
+    """Of two processes each mixes samples only within its own."""
+    images, labels = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8), torch.arange(16) % 2
+    recipe = dataclasses.replace(RECIPES["cpu-long"], stages=(Stage(1, (32,), 32, 16, 0.1),))
+    draws = draw_epoch(torch.arange(16), 1, 16, recipe.augmentation, (0,))
+    sheets = []
+    monkeypatch.setattr(run_plots, "views", lambda path, heading, batch, classes: sheets.append(batch))
+    for world in (1, 2):
+        machine = Machine(torch.device("cpu"), torch.float32, compile=False, world=world)
+        folder = run_folder.RunFolder(tmp_path, recipe, ("a", "b"), {"train": 16, "val": 0}, machine)
+        folder.draw_views(0, images, labels, draws, 32)
+        expected = make_batch(images, labels, draws, 0, machine.share_of_batch(0, 16), 32, recipe.augmentation)
+        assert all(map(torch.equal, sheets[-1], expected))
+    assert [len(sheet.x) for sheet in sheets] == [16, 8]
 
 
 @pytest.fixture
