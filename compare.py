@@ -115,11 +115,9 @@ def read(folder: Path) -> Run:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         rows = []
-        with (
-            contextlib.suppress(FileNotFoundError),
-            open(folder / "metrics.csv", encoding="utf-8-sig", newline="") as file,
-        ):
-            rows = [{key: _number(line[key], key) for key in COLUMNS} for line in csv.DictReader(file)]
+        with contextlib.suppress(FileNotFoundError):
+            with open(folder / "metrics.csv", encoding="utf-8-sig", newline="") as file:
+                rows = [{key: _number(line[key], key) for key in COLUMNS} for line in csv.DictReader(file)]
         recipe, images = Recipe.from_dict(config["recipe"]), config["images"]
         samples = recipe.samples(images["train"], len(rows))
         return Run(folder, recipe, images, config.get("parameters"), rows, samples)

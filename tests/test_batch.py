@@ -10,7 +10,13 @@ import operations
 from augment import COLUMNS, EpochDraws, ViewOptions, draw_epoch, make_batch
 
 ALL = ViewOptions(trivial_augment=True, erase=0.5, mixup=0.2, cutmix=1.0)
-SOME = [ORIGINAL, ViewOptions(rotation=0, brightness=0, hue=0), ViewOptions(erase=0.5, mixup=0.2), ALL]
+SOME = [
+    ORIGINAL,
+    ViewOptions(rotation=0, brightness=0, hue=0),
+    ViewOptions(erase=0.5),
+    ViewOptions(erase=0.5, mixup=0.2),
+    ALL,
+]
 ALL_COLUMNS = COLUMNS + operations.COLUMNS
 
 

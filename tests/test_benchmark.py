@@ -195,15 +195,17 @@ class HereProcess(benchmark.Process):
 
 def test_rows_are_of_what_their_names_say(monkeypatch):
     asked, before = [], torch.get_num_threads()
+    seconds = {"views": 1.0, "train_steps": 2.0, "end_to_end": 4.0, "score": 8.0, "matmul_tflops": 16.0}
 
     class Side:
         def __init__(self, job: Job) -> None:
             pass
 
         def __getattr__(self, method: str):
-            return lambda: asked.append((method, torch.get_num_threads())) or 1.0
+            return lambda: asked.append((method, torch.get_num_threads())) or seconds[method]
 
-    for name, value in (("Baseline", Side), ("ThisProject", Side), ("Process", HereProcess)):
+    fakes = {"Baseline": Side, "ThisProject": Side, "Process": HereProcess, "timed": lambda method: method()}
+    for name, value in fakes.items():
         monkeypatch.setattr(benchmark, name, value)
     torch.set_num_threads(2)
     try:
@@ -213,6 +215,10 @@ def test_rows_are_of_what_their_names_say(monkeypatch):
         torch.set_num_threads(before)
     every = {"views": 1, "train_steps": 2, "end_to_end": 2, "score": 2, "matmul_tflops": 2}
     assert set(asked) == set(every.items())
+    for row, method in zip(found["rows"], ("views", "train_steps", "end_to_end", "score"), strict=True):
+        assert {rate for side in benchmark.SIDES for rate in row[side]} == {job().samples / seconds[method]}
+    names = [row["name"].split()[0] for row in found["rows"]]
+    assert names == ["views", "training", "end", "scoring"] and found["matmul_tflops"] == 16
     gflop = cost.step_gflop(build_network(SMALL, 10), 32)
     for side in benchmark.SIDES:
         rate = statistics.median(found["rows"][1][side])

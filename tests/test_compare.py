@@ -83,7 +83,14 @@ def test_a_real_run(tiny_run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "change, told", [({"split_seed": 1}, True), ({"fold": 3}, True), ({"tune_fold": 3}, True), ({"seed": 1}, False)]
+    "change, told",
+    [
+        ({"split_seed": 1}, True),
+        ({"val_fraction": 0.3}, True),
+        ({"fold": 3}, True),
+        ({"tune_fold": 3}, True),
+        ({"seed": 1}, False),
+    ],
 )
 def test_other_val_images_are_told(tmp_path, capsys, change, told):
     assert run(make_run(tmp_path / "a", [0.5]), make_run(tmp_path / "b", [0.6], **change)) == 0

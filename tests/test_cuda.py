@@ -100,6 +100,7 @@ def losses(machine: Machine, recipe: Recipe = SMALL["cpu"], epochs: int = 2) -> 
         found.append(train_epoch(trainer, epoch))
         images, _ = pictures(machine.device)
         assert scoring.logits(trainer.eval_model, images, 32, precision=machine.precision).isfinite().all()
+    assert bool(trainer.graphs._graphs) == machine.graphs  # or plain steps would be compared with themselves
     return torch.cat(found)
 
 

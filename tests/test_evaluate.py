@@ -53,7 +53,8 @@ def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return (logits.argmax(1) == labels).double().mean().item()
 
 
-def test_the_report_repeats_what_training_measured(tiny_run, tmp_path, capsys):
+def test_the_report_repeats_what_training_measured(tiny_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "CHUNK", 16)  # of 40 images
     for flags, row, selected in (
         (["--best"], max(rows(tiny_run), key=lambda row: row["val_accuracy"]), True),
         ([], rows(tiny_run)[-1], False),
@@ -121,6 +122,7 @@ def test_default_folders(tiny_runs, tmp_path):
     assert folder(first, "--best", "--split", "test") == first / "evaluation-test-best"
     assert folder(first / "stage1.pt") == first / "evaluation-val-stage1"
     assert folder(first, "--protocol", "original") == first / "evaluation-val-original"
+    assert folder(first, "--against", second) == first / "evaluation-val-against"
     assert folder(first, second) == first.parent / "evaluation-val"
     assert folder(first, second, "--ensemble", "--best") == first.parent / "evaluation-val-best-ensemble"
 

@@ -96,6 +96,12 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
 
 
+@pytest.mark.parametrize("device, graphs", [("cuda:0", True), ("cuda:0", False), ("cpu", True)])
+def test_only_a_machine_that_says_so_captures(device: str, graphs: bool) -> None:
+    machine = Machine(torch.device(device), torch.float32, compile=True, graphs=graphs)
+    assert Graphs(machine).enabled == (device == "cuda:0" and graphs)
+
+
 def begun(recipe: Recipe, precision: torch.dtype, graphs: bool) -> Trainer:
     trainer = Trainer(recipe, 10, Machine(CPU, precision, compile=False))
     trainer.graphs.enabled = graphs

@@ -64,6 +64,18 @@ def test_nothing_else_unpickles() -> None:
         assert text.count("torch.load(") == text.count("weights_only=True)"), path.name
 
 
+def test_a_member_that_claims_to_be_longer_than_its_file_asks_for_no_memory(run: Path) -> None:
+    path = run / "best.pt"
+    with zipfile.ZipFile(path) as archive:
+        longest = max(archive.infolist(), key=lambda member: member.file_size)
+    content, size = path.read_bytes(), longest.file_size.to_bytes(4, "little")
+    directory = content.rindex(b"PK\x01\x02", 0, content.rindex(longest.filename.encode()))
+    entry = content[directory : directory + 46]
+    assert entry[24:28] == size  # the uncompressed one, in the archive's directory
+    path.write_bytes(content[: directory + 24] + (2**31).to_bytes(4, "little") + content[directory + 28 :])
+    refused(path, "is longer than the file", Damaged)
+
+
 def test_a_compressed_archive_is_not_unpacked(run: Path) -> None:
     """A few kilobytes could hold gigabytes of zeros."""
     path = run / "best.pt"

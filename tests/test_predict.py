@@ -111,6 +111,17 @@ def test_table_csv_and_sheet_agree(tiny_run, tmp_path, capsys, monkeypatch):
     assert sheets[0][0].shape == (3, 3, 96, 96) and sheets[0][0].dtype == np.uint8
 
 
+def test_a_sheet_of_more_pictures_than_it_has_room_for_shows_the_first(tiny_run, tmp_path, monkeypatch):
+    for seed in range(3):
+        noise(tmp_path / "in" / f"{seed}.png", seed)
+    sheets = []
+    monkeypatch.setattr(predict, "ON_SHEET", 2)
+    monkeypatch.setattr(plots, "sample_sheet", lambda path, images, titles, **rest: sheets.append((images, rest)))
+    assert run(tiny_run, tmp_path / "in", "--sheet", tmp_path / "sheet.png") == 0
+    ((images, rest),) = sheets
+    assert len(images) == 2 and rest["heading"].endswith("last.pt: the first 2 of 3 pictures")
+
+
 def test_the_sheet_is_drawn_whatever_a_file_is_called(tiny_run, tmp_path):
     noise(tmp_path / "in" / "$x_{^$.png", 0)
     noise(tmp_path / "in" / ("very long name " * 5 + ".png"), 1)

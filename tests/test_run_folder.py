@@ -100,6 +100,31 @@ def test_a_sheet_shows_the_views_of_the_leaders_share_of_the_batch(tmp_path: Pat
     assert [len(sheet.x) for sheet in sheets] == [16, 8]
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16])
+@pytest.mark.parametrize("done", [0, 3])
+def test_the_way_out_of_a_number_gone_wrong(precision: torch.dtype, done: int, tmp_path: Path) -> None:
+    machine = Machine(torch.device("cpu"), precision, compile=False)
+    folder = run_folder.RunFolder(tmp_path, RECIPES["demo"], ("a", "b"), {"train": 16, "val": 4}, machine)
+    folder.rows = [{}] * done
+    folder.require_finite(torch.zeros(2), True, 0.5)
+    with pytest.raises(errors.RunError) as stop:
+        folder.require_finite(torch.tensor([0.0, torch.nan]), True, 0.5)
+    expected = f"the loss of step 2 of epoch {done + 1} is not a finite number, so the run has stopped. "
+    if precision is torch.float16:
+        goes_on = "goes on after epoch 3" if done else "begins again"
+        expected += f"The same command with --precision fp32 {goes_on}. If that does not help, try a lower --lr"
+    else:
+        expected += "Try a lower --lr"
+    expected += ", with another --out; --init " if done else ""
+    assert str(stop.value).startswith(expected) and str(stop.value).endswith("of epoch 3" if done else "--lr")
+
+
+def test_the_best_epoch_is_the_first_of_equals() -> None:
+    rows = [{"epoch": n, "val_accuracy": value} for n, value in enumerate([0.5, None, 0.7, 0.7, 0.6])]
+    assert run_folder.best_row(rows)["epoch"] == 2
+    assert run_folder.best_row(rows[1:2]) is None
+
+
 @pytest.fixture
 def run(tiny_run: Path, tmp_path: Path, small_demo, empty_plots) -> Path:
     """A finished run that may be changed."""

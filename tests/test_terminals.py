@@ -1,5 +1,6 @@
 """What a command meets before and beside its work: Ctrl-C, odd terminals and environments, and too little memory."""
 
+import ast
 import errno
 import importlib.util
 import io
@@ -61,6 +62,14 @@ def test_an_older_python_is_one_line(name: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert one_line(done.stderr) == "error: this needs Python 3.11 or newer, and here is 3.10; use another environment"
+
+
+@pytest.mark.parametrize(
+    "file",
+    [*(f"{name}.py" for name in ("train", *COMMANDS)), *(f"harness/{n}.py" for n in ("__init__", "errors", "text"))],
+)
+def test_an_older_python_can_read_as_far_as_that(file: str) -> None:
+    ast.parse((ROOT / file).read_text(encoding="utf-8"), feature_version=(3, 8))
 
 
 def interrupt() -> None:

@@ -10,7 +10,7 @@ from conftest import TINY_RUN
 
 import train
 from harness import checkpoint
-from harness.interrupt import STOPPED_BY_TIME
+from harness.interrupt import STOPPED_BY_TIME, Interrupt
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,12 @@ def test_time_limit_counts_from_the_command_and_knows_what_an_epoch_took(
     assert train.main(argv) == (STOPPED_BY_TIME if stops else 0)
     state, _ = checkpoint.resume(tmp_path / "run")
     assert [row["seconds"] for row in state["rows"]] == [1500.0] * (1 if stops else 2)
+
+
+def test_what_fits_is_not_called_too_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
+    assert Interrupt(0, 1).shortage(1e9) == "" and Interrupt(2, 1).shortage(119) == ""
+    assert "an epoch takes 2.0 minutes, more than --max-minutes 2 leaves" in Interrupt(2, 1).shortage(121)
 
 
 def test_a_limit_too_short_for_one_epoch_is_said(tmp_path: Path, small_demo, empty_plots, capsys) -> None:

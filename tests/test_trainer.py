@@ -196,7 +196,7 @@ def test_a_step_whose_compiler_fails_is_repeated_without_it(monkeypatch: pytest.
         return compiled
 
     monkeypatch.setattr(torch, "compile", failing)
-    machine = dataclasses.replace(PLAIN, compile=True)
+    machine = dataclasses.replace(PLAIN, compile=True, notes=[])
     trainer, result = trained(machine)
     plain, expected = trained()
     assert torch.equal(result.losses, expected.losses)
@@ -244,7 +244,8 @@ def test_compiling_may_fail_for_another_batch_of_the_same_size(monkeypatch: pyte
         return compiled
 
     monkeypatch.setattr(torch, "compile", failing)
-    trainer, _ = trained(dataclasses.replace(PLAIN, compile=True))
+    trainer, _ = trained(dataclasses.replace(PLAIN, compile=True, notes=[]))
+    assert trainer.machine.notes == []
     draws = draw_epoch(torch.arange(40), 1, 4, RECIPE.augmentation, (0, 0, 1))
     stage = dataclasses.replace(STAGE, batch=4)
     assert trainer.train_epoch(*pictures(), draws, stage, 32, lambda: None).samples == 40
