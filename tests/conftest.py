@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +41,18 @@ def pytest_configure(config: pytest.Config) -> None:
 def seeded() -> None:
     """What a test draws from the global generator does not depend on the tests before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would be fetched from anywhere but a test's own server is an error of the test."""
+    fetch = urllib.request.urlopen
+
+    def from_here(url: str, *rest: object, **options: object) -> object:
+        assert urllib.parse.urlsplit(url).hostname in ("127.0.0.1", "localhost"), f"a test would fetch {url}"
+        return fetch(url, *rest, **options)
+
+    monkeypatch.setattr(urllib.request, "urlopen", from_here)
 
 
 @pytest.fixture

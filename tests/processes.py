@@ -25,13 +25,13 @@ from data import DataSet, Split, split_indices  # noqa: E402
 from harness import demo_shapes, errors  # noqa: E402
 from harness.images import load_images  # noqa: E402
 
-SMALL = "--demo --threads 1 --layers 1 1 1 --planes 4 4 4 --crop-size 32 32 --eval-size 32 32".split()
+SMALL = "--demo --threads 1 --precision fp32 --layers 1 1 1 --planes 4 4 4 --crop-size 32 32 --eval-size 32 32".split()
 RUNS = {  # flags of runs that differ in what they keep
     "restarts, adam": [*SMALL, "--epochs", "3", "2", "--cycle", "2", "--batch", "64", "32"],
     "cosine, sgd, averaged": [*SMALL, "--planes", "4", "4", "30", "--epochs", "2", "2", "--lr", "0.05", "0.02"]
     + "--optimizer sgd --schedule cosine --average 0.9 --no-decay-norms --label-smoothing 0.1 --mixup 0.2".split(),
     "cosine, muon, wide": [*SMALL, "--epochs", "2", "2", "--lr", "0.05", "0.02", "--network", "wide"]
-    + "--optimizer muon --schedule cosine --average 0.9 --no-decay-norms".split(),
+    + "--optimizer muon --schedule cosine --average 0.9 --no-decay-norms --precision bf16".split(),
 }
 TINY = ("--batch", "16", "16")  # after a run's flags: for the 32 training images of `tiny`
 

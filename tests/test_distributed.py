@@ -4,6 +4,7 @@ import functools
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -165,6 +166,23 @@ def test_stopped_run_ends_in_all_processes_and_continues_bit_for_bit(fault: str,
             assert said[rank].splitlines()[-1].startswith("error: ") and cause in said[rank]
     assert 1 <= len(checkpoint.load(out / "last.pt")["rows"]) < 4
     assert run(out) == [0, 0], log(out, 0) + log(out, 1)
+    assert differences(out, whole) == []
+
+
+def test_starting_over_is_one_decision_of_all_processes(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    assert run(out, None, "--overwrite") == [0, 0], log(out, 0) + log(out, 1)
+    assert "4 of 4 epochs" not in log(out, 0) and "epoch 1/4" in log(out, 0)
+    assert differences(out, whole) == []
+
+
+def test_all_processes_go_back_to_the_state_before_a_damaged_one(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    os.truncate(out / "last.pt", 1000)
+    assert run(out) == [0, 0], log(out, 0) + log(out, 1)
+    assert "continuing from the state before it (previous.pt)" in log(out, 0) and log(out, 1) == ""
     assert differences(out, whole) == []
 
 

@@ -38,11 +38,14 @@ class Exported(NamedTuple):
     noise: str
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+WIDE = {"network": "wide", "cosine_stem": True, "last_pool": False, "planes": (6, 8, 10)}  # as cpu-long's
+
+
+@pytest.fixture(scope="module", params=[{"planes": (3, 4, 5)}, WIDE], ids=["bottleneck", "wide"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a small network for three classes whose weights and statistics are random."""
     folder = tmp_path_factory.mktemp("run")
-    recipe = recipes.replace(recipes.RECIPES["demo"], {"planes": (3, 4, 5)})
+    recipe = recipes.replace(recipes.RECIPES["demo"], request.param)
     torch.manual_seed(0)
     net = recipes.build_network(recipe, 3)
     with torch.no_grad():

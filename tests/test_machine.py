@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from harness import machine as machine_module
 from harness.cli import Runtime
@@ -162,6 +163,36 @@ def test_windows_compiles_with_its_own_compilers(device, there, obstacle, monkey
     monkeypatch.setattr(machine_module.importlib.util, "find_spec", lambda name: "found")
     found = machine_module._obstacle_to_compiling(torch.device(device))
     assert obstacle in found and bool(found) == bool(obstacle)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("CUDA error: out of memory", "a card has no free memory: end what else runs on it, or use --device cpu"),
+        (
+            "CUDA error: devices are busy\nand more",
+            "a card cannot be used: CUDA error: devices are busy; end what else",
+        ),
+    ],
+)
+def test_a_card_that_fails_its_first_kernel_is_a_sentence(words, said, monkeypatch):
+    def fail(*_, **__) -> None:
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_90"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch, "ones", fail)
+    with pytest.raises(RunError, match=said):
+        machine_module._try_kernel(CPU)
+
+
+def test_images_that_fit_go_to_the_card(monkeypatch: pytest.MonkeyPatch):
+    machine = Machine(torch.device("cuda", 0), torch.float32, compile=False)
+    with FakeTensorMode():
+        images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * images.nbytes, 10**9))
+        assert machine.hold(images).device == machine.device and machine.notes == []
 
 
 def test_images_that_would_fill_a_card_stay_where_they_are(monkeypatch: pytest.MonkeyPatch):

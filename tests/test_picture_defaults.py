@@ -12,6 +12,7 @@ from data import DataSet, Split, balanced_indices, split_indices
 from harness import checkpoint
 from harness.cli import parse_train
 from harness.errors import RunError
+from harness.interrupt import STOPPED_BY_TIME
 from harness.picture_defaults import LEAST_BATCH, LEAST_STEPS, MOST_PASSES, fit_batches, fit_to_folder, fit_views
 from recipes import RECIPES, replace
 
@@ -203,9 +204,11 @@ def test_balanced_run_learns_from_balanced_draws(tmp_path, empty_plots, monkeypa
     assert trained.recipe.balance
     labels = torch.tensor([0] * 4 + [1] * 4 + [2] * 24)
     indices, _ = split_indices(labels, 1337, 0.2)
-    assert [drawn.tolist() for drawn in seen] == [
-        balanced_indices(indices, labels, (4, stage, 0)).tolist() for stage in (0, 1)
-    ]
+    expected = [balanced_indices(indices, labels, (4, stage, 0)).tolist() for stage in (0, 1)]
+    assert [drawn.tolist() for drawn in seen] == expected
+    for status in (STOPPED_BY_TIME, 0):
+        assert train.main([*command, "--out", str(tmp_path / "again"), "--max-minutes", "1e-9"]) == status
+    assert [drawn.tolist() for drawn in seen[2:]] == expected
 
 
 @pytest.mark.parametrize("flag, value", [("--val-fraction", "0.3"), ("--split-seed", "1")])

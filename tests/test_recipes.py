@@ -143,6 +143,13 @@ def test_the_shorter_recipe_differs_from_the_longer_in_what_is_said():
     assert cpu == dataclasses.replace(longer, augmentation=mild, **same)
 
 
+def test_the_gpus_recipe_differs_from_the_longer_in_what_is_said():
+    """More samples, more of which are large; the average's horizon is that share of the run's steps, roughly."""
+    longer, gpu = RECIPES["cpu-long"], RECIPES["gpu"]
+    stage = Stage(epochs=64, crop_size=(48, 64, 80, 96), eval_size=128, batch=128, lr=0.5)
+    assert gpu == dataclasses.replace(longer, name="gpu", stages=(stage,), average=0.9996)
+
+
 def test_rates_of_restarts_are_those_of_the_recipes_own_cycles():
     recipe = dataclasses.replace(RECIPES["original"], cycle=1, cycle_growth=3, cycle_decay=0.5)
     stage = recipe.stages[0]

@@ -368,3 +368,11 @@ def test_what_continues_a_stopped_run_is_said(tmp_path: Path, small_demo, capsys
 def test_an_epoch_may_be_one_batch_and_no_less(tmp_path: Path, small_demo) -> None:
     assert run(tmp_path / "run", "--batch", "160", "160") == 0
     assert run(tmp_path / "other", "--batch", "161", "160") == 2
+
+
+@pytest.mark.slow
+def test_the_demo_learns_what_it_is_said_to(tmp_path: Path) -> None:
+    """77 to 84 %, the comment on its recipe says; the least of them is one thread's."""
+    assert command("--demo", "--threads", "1", "--precision", "fp32", "--out", str(tmp_path / "run")) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert 0.74 < summary["last"]["val_accuracy"] < 0.87
