@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from augment import EpochDraws, make_batch
-from harness import checkpoint, files, ownership, plots, run_plots
-from harness.cli import Runtime, idle_settings
+from harness import checkpoint, continuity, files, ownership, plots, run_plots
+from harness.cli import Runtime
 from harness.errors import RunError
 from harness.machine import PRECISIONS, Machine
 from harness.metrics import interval
@@ -139,15 +139,7 @@ class RunFolder:
             print(f"this run was begun before these settings existed, and goes on with {settings}")
 
     def _require_same_settings(self, state: dict[str, Any]) -> None:
-        now = {**_flat(self.recipe.as_dict()), "images": _in_words(self.images), "classes": list(self.classes)}
-        recipe = Recipe.from_dict(state["recipe"]).as_dict()  # a setting that is newer than the state has its default
-        then = {**_flat(recipe), "images": _in_words(state["images"]), "classes": state["classes"]}
-        if now["init"] and then["init"] and files.identity(Path(now["init"])) == files.identity(Path(then["init"])):
-            then["init"] = now["init"]  # one file by two paths
-        idle = idle_settings(self.recipe)
-        named = [name for name in now | then if now.get(name) != then.get(name) and name not in idle]
-        changed = [f"{name} was {then.get(name)}, now {now.get(name)}" for name in named]
-        if changed:
+        if changed := continuity.changes(state, self.recipe, self.images, self.classes):
             raise RunError(
                 f"{self.folder} holds a run with other settings ({'; '.join(changed)}); "
                 "give the same settings, another --out, or --overwrite"
@@ -185,16 +177,15 @@ class RunFolder:
             what = "the validation loss"
         else:
             return
-        way_out = "Try a lower --lr"
-        if self.epochs_done:
-            way_out += ", with another --out; "
-            way_out += f"--init {self.folder / 'last.pt'} starts from the weights of epoch {self.epochs_done}"
-        if self.machine.precision is not torch.float32:  # in fp16 the likely cause; no part of the recipe
-            goes_on = f"goes on after epoch {self.epochs_done}" if self.epochs_done else "begins again"
-            way_out = f"The same command with --precision fp32 {goes_on}. If that does not help, t{way_out[1:]}"
-        raise RunError(
-            f"{what} of epoch {self.epochs_done + 1} is not a finite number, so the run has stopped. {way_out}"
-        )
+        done, way_out = self.epochs_done, "a lower --lr"
+        if done:
+            way_out += f", with another --out; --init {self.folder / 'last.pt'} starts from the weights of epoch {done}"
+        if self.machine.precision is torch.float32:
+            way_out = f"Try {way_out}"
+        else:  # which is no part of the recipe, and in fp16 the likely cause
+            goes_on = f"goes on after epoch {done}" if done else "begins again"
+            way_out = f"The same command with --precision fp32 {goes_on}. If that does not help, try {way_out}"
+        raise RunError(f"{what} of epoch {done + 1} is not a finite number, so the run has stopped. {way_out}")
 
     def what_needs_memory(self) -> str:
         """The epoch in flight, as the end of a sentence about memory, with the way out."""
@@ -335,20 +326,6 @@ def best_row(rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The row of the highest validation accuracy, the first of equals; None without validation."""
     scored = (row for row in rows if row["val_accuracy"] is not None)
     return max(scored, key=lambda row: row["val_accuracy"], default=None)
-
-
-def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's values under one name each; tuples as lists, as they come back from JSON."""
-    flat = {k: v for k, v in recipe.items() if k not in ("stages", "augmentation")} | recipe["augmentation"]
-    for index, stage in enumerate(recipe["stages"]):
-        flat |= {f"{k} of stage {index + 1}": v for k, v in stage.items()}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items()}
-
-
-def _in_words(images: Mapping[str, Any]) -> str:
-    """A fingerprint of images; the digest's first digits tell a user's changed pictures apart."""
-    digest = f" (digest {images['digest'][:8]})" if "digest" in images else ""
-    return f"{images['train']:,} train and {images['val']:,} val{digest}"
 
 
 def _plain(value: Any) -> Any:

@@ -58,6 +58,7 @@ def load_teachers(paths: Sequence[Path], dataset: DataSet, val: Tensor, data_dir
 
 
 def digest(network: TrainedNetwork) -> str:
+    """The first digits of a SHA-256 of names, shapes and values of a network's weights and statistics."""
     known = hashlib.sha256()
     for name, value in network.model.state_dict().items():
         known.update(f"{name} {tuple(value.shape)} ".encode())
