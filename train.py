@@ -130,12 +130,12 @@ def train_epochs(trainer: "Trainer", run: RunFolder, split: Split, interrupt: In
     progress = Progress(trainer.form, recipe, trainer.net, run.images, len(dataset.classes))
     while run.epochs_done < recipe.epochs:
         began = time.monotonic()
-        stage_index, stage, epoch, size, augmentation, tta = recipe.at(run.epochs_done)
-        seed = (recipe.seed, stage_index, epoch)
+        stage_index, stage, number, size, augmentation, tta = recipe.at(run.epochs_done)
+        seed = (recipe.seed, stage_index, number)
         indices = balanced_indices(train, dataset.labels, seed) if recipe.balance else train
         draws = draw_epoch(indices, recipe.views_per_image, stage.batch, augmentation, seed)
         draws = draws.to(machine.device, images.device)
-        if epoch == 0:
+        if number == 0:
             trainer.begin_stage(stage, len(train))
             run.draw_views(stage_index, images, labels, draws, size)
         lr = trainer.learning_rate

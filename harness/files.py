@@ -197,13 +197,7 @@ def locked(folder: Path, *, wait: bool) -> Iterator[Path]:
     except TypeError:  # a version of filelock from before that option
         lock = filelock.FileLock(folder / LOCK_FILE)
     try:
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            if not wait:
-                raise RunError(f"another run is using {folder}; wait for it or choose another with --out") from None
-            print(f"waiting for another process that fills {folder} …", file=sys.stderr, flush=True)
-            lock.acquire()
+        _acquire(lock, folder, wait)
     except (OSError, NotImplementedError) as error:  # there are no locks here, unless nothing may be written
         if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
             raise RunError(f"cannot write in {folder}: {reason(error)}; choose another folder") from error
@@ -211,3 +205,13 @@ def locked(folder: Path, *, wait: bool) -> Iterator[Path]:
         yield folder
     finally:
         lock.release()
+
+
+def _acquire(lock: filelock.BaseFileLock, folder: Path, wait: bool) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        if not wait:
+            raise RunError(f"another run is using {folder}; wait for it or choose another with --out") from None
+        print(f"waiting for another process that fills {folder} …", file=sys.stderr, flush=True)
+        lock.acquire()

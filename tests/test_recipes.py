@@ -144,7 +144,7 @@ def test_the_shorter_recipe_differs_from_the_longer_in_what_is_said():
 
 
 def test_the_gpus_recipe_differs_from_the_longer_in_what_is_said():
-    """More samples, more of which are large; the average's horizon is that share of the run's steps, roughly."""
+    """More samples, more of which are large, and a longer average."""
     longer, gpu = RECIPES["cpu-long"], RECIPES["gpu"]
     stage = Stage(epochs=64, crop_size=(48, 64, 80, 96), eval_size=128, batch=128, lr=0.5)
     assert gpu == dataclasses.replace(longer, name="gpu", stages=(stage,), average=0.9996)
