@@ -299,4 +299,4 @@ def cells_of(row: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(errors.report(main))
+    errors.end_process(errors.report(main))

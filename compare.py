@@ -182,4 +182,4 @@ def _validating(recipe: Recipe) -> tuple[float, ...]:
 
 
 if __name__ == "__main__":
-    sys.exit(errors.report(main))
+    errors.end_process(errors.report(main))

@@ -371,4 +371,4 @@ def progress(total: int, size: int) -> tqdm:
 
 
 if __name__ == "__main__":
-    sys.exit(errors.report(main))
+    errors.end_process(errors.report(main))

@@ -19,7 +19,6 @@ import importlib.util
 import json
 import logging
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -266,4 +265,4 @@ FORMATS = {
 
 
 if __name__ == "__main__":
-    sys.exit(errors.report(main))
+    errors.end_process(errors.report(main))

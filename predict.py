@@ -220,4 +220,4 @@ def draw_sheet(path: Path, predictions: Sequence[Prediction], trained: TrainedNe
 
 
 if __name__ == "__main__":
-    sys.exit(errors.report(main))
+    errors.end_process(errors.report(main))

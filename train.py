@@ -125,8 +125,10 @@ def train_epochs(trainer: "Trainer", run: RunFolder, split: Split, interrupt: In
     recipe, machine, (dataset, train, val) = trainer.recipe, trainer.machine, split
     images = machine.hold(dataset.images)
     labels, val = dataset.labels.to(images.device), val.to(images.device)
-    if run.rows and run.epochs_done < recipe.epochs and (shortage := interrupt.shortage(run.rows[-1]["seconds"])):
-        print(shortage, flush=True)
+    if 0 < run.epochs_done < recipe.epochs:
+        seconds = next_epoch_seconds(recipe, run.epochs_done, run.rows[-1]["seconds"])
+        if shortage := interrupt.shortage(seconds):
+            print(shortage, flush=True)
     progress = Progress(trainer.form, recipe, trainer.net, run.images, len(dataset.classes))
     while run.epochs_done < recipe.epochs:
         began = time.monotonic()
@@ -164,6 +166,7 @@ def train_epochs(trainer: "Trainer", run: RunFolder, split: Split, interrupt: In
             trainer.state(),
         )
         if run.epochs_done < recipe.epochs:
+            interrupt.stop_if_signalled(epoch_in_flight=False)
             train_seconds = trained_at - began - progress.cold_seconds  # without compiling
             rest_seconds = time.monotonic() - trained_at  # validation, checkpoint, plots
             next_seconds = next_epoch_seconds(recipe, run.epochs_done, train_seconds, rest_seconds)

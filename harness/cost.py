@@ -41,7 +41,7 @@ def seconds_at_rates(
     return seconds
 
 
-def next_epoch_seconds(recipe: Recipe, epochs_done: int, train_seconds: float, rest_seconds: float) -> float:
+def next_epoch_seconds(recipe: Recipe, epochs_done: int, train_seconds: float, rest_seconds: float = 0.0) -> float:
     """Seconds to expect of the epoch after `epochs_done` finished ones, by what the last one's training and rest took.
 
     Both grow with the pixels. The rest is mostly scoring, whose pixels are those of every TTA form of an image.

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from harness import errors
 from harness.errors import RunError
 
 TIMEOUT = timedelta(minutes=5)  # for gradients: only a process that hangs needs as long
@@ -98,7 +99,7 @@ def end_process(status: int) -> NoReturn:
             with contextlib.suppress(OSError, ValueError):  # closed by the reader, or by whoever started us
                 stream.flush()
         os._exit(status)
-    sys.exit(status)
+    errors.end_process(status)
 
 
 def parallel(net: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 from harness.text import escape, printable
 
@@ -165,6 +166,21 @@ def report(main: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try and complain again at exit
         status = status or _fail(_cause(error))
     return status
+
+
+def end_process(status: int) -> NoReturn:
+    """End a command's process with the exit status of `report`; what a signal has stopped ends by that signal.
+
+    A shell that runs commands in a loop goes on with the next one where Ctrl-C has merely led to a status.
+    """
+    number = status - 128
+    if number in (signal.SIGINT, signal.SIGTERM) and os.name == "posix" and not in_a_session():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # closed by the reader, or by whoever started us
+                stream.flush()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)  # which spares process 1 of a container
+    sys.exit(status)
 
 
 def _escaped(error: UnicodeEncodeError) -> tuple[str, int]:

@@ -69,11 +69,11 @@ class Interrupt:
             os.kill(os.getpid(), number)
             os._exit(128 + number)  # process 1 of a container is spared by its own signals
 
-    def stop_if_signalled(self) -> None:
+    def stop_if_signalled(self, epoch_in_flight: bool = True) -> None:
         """Raise Stopped if a signal has come."""
         if self.received:
-            name = signal.Signals(self.received).name
-            raise Stopped(f"{name} came; the epoch in flight is dropped", 128 + self.received)
+            lost = "; the epoch in flight is dropped" if epoch_in_flight else ""
+            raise Stopped(f"{signal.Signals(self.received).name} came{lost}", 128 + self.received)
 
     def shortage(self, seconds: float) -> str:
         """What to say before the first epoch, which is trained in any case, if one takes `seconds`; "" if it fits."""

@@ -87,6 +87,31 @@ def test_interrupted_later(before, capsys: pytest.CaptureFixture) -> None:
     assert capsys.readouterr().err == "error: interrupted\n"
 
 
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_ctrl_c_ends_a_loop_in_the_shell() -> None:
+    code = "import time; from harness import errors; "
+    code += "errors.end_process(errors.report(lambda: print('begun', flush=True) or time.sleep(60)))"
+    loop = f"for seed in 0 1; do {shlex.quote(sys.executable)} -c {shlex.quote(code)}; done"
+    shell = subprocess.Popen(
+        ["bash", "-c", loop], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as these tests may be, in the background
+    )  # fmt: skip
+    assert shell.stdout.readline() == "begun\n"
+    os.killpg(shell.pid, signal.SIGINT)
+    assert shell.communicate() == ("", "error: interrupted\n")
+    assert shell.returncode == -signal.SIGINT
+
+
+@pytest.mark.parametrize("status, ended", [(130, -signal.SIGINT), (143, -signal.SIGTERM), (3, 3), (0, 0)])
+def test_what_a_signal_has_stopped_ends_by_it(status: int, ended: int) -> None:
+    code = f"from harness import errors; print('said'); errors.end_process({status})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stdout) == (ended, "said\n")
+    code = "import sys; sys.modules['ipykernel'] = sys; " + code  # a kernel goes on
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stdout) == (status, "said\n")
+
+
 def test_a_shell_that_ignores_ctrl_c_is_obeyed() -> None:
     code = "import signal, harness.errors as e; e.before_imports(); print(signal.getsignal(2) is signal.SIG_IGN)"
     shell = f"trap '' INT; exec {shlex.quote(sys.executable)} -c '{code}'"
