@@ -39,7 +39,7 @@ from harness.metrics import hits_and_loss
 from harness.picture_defaults import fit_to_folder
 from harness.progress import Progress
 from harness.run_folder import RunFolder
-from harness.teachers import Teachers, load_teachers, note_on_first_weights
+from harness.teachers import Teachers, load_teachers, notes_on_first_weights
 from losses import LabelSmoothingLoss, distillation_loss
 from optim import RunningAverage, all_finite, build_optimizer, forget_scale, portable_state, rates_on_device
 from recipes import Recipe, Stage, build_network
@@ -111,8 +111,8 @@ def begin_or_continue(trainer: "Trainer", run: RunFolder, split: Split, runtime:
                 trainer.net.load_state_dict(state["model"])
     elif recipe.init:
         first = first or checkpoint.take_weights(trainer.net, recipe.init)
-        if note := note_on_first_weights(first, split, runtime.data_dir):
-            trainer.machine.note(note)
+        for sentence in notes_on_first_weights(first, recipe, split, runtime.data_dir):
+            trainer.machine.note(sentence)
     for sentence in epoch_warnings(recipe):
         trainer.machine.note(sentence)
     run.write_config(runtime, trainer.net)

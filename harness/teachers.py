@@ -1,7 +1,7 @@
 """Trained networks that a student learns from: read, refused where they know too much, and asked about each batch."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,8 +13,10 @@ from harness.checkpoint import TrainedNetwork
 from harness.errors import RunError
 from harness.images import fingerprint, split_by
 from harness.machine import Machine
+from harness.text import listed
 from losses import softened_mean
 from model import count_parameters
+from recipes import Recipe
 
 DIGEST_LENGTH = 16  # hexadecimal digits
 
@@ -82,20 +84,28 @@ def _require_fit(teacher: TrainedNetwork, dataset: DataSet, val: Tensor, data_di
         )
 
 
-def note_on_first_weights(network: TrainedNetwork, split: Split, data_dir: Path) -> str:
-    """What to say where the network whose weights a run starts from may have learnt what validates here; else "".
+def notes_on_first_weights(network: TrainedNetwork, recipe: Recipe, split: Split, data_dir: Path) -> Iterator[str]:
+    """What to say of the network whose weights a run starts from, a sentence each.
 
-    Unlike a teacher it is not refused, and nothing is known of one of other images.
+    Unlike a teacher it is not refused where it may have learnt what validates here, or has other classes.
     """
+    classes, its_classes = split.dataset.classes, network.classes
+    if its_classes != classes:
+        others = "in another order" if set(its_classes) == set(classes) else f"others ({listed(sorted(its_classes))})"
+        yield f"--init {network.file}: its classes are {others}, so the last layer has to be learnt anew"
+    if network.recipe.last_pool != recipe.last_pool:
+        flag = "--last-pool" if network.recipe.last_pool else "--no-last-pool"
+        yield f"--init {network.file}: it was trained with {flag}, and this run goes on without"
     try:
         learnt, how = _learnt(network, split.dataset, data_dir)
     except RunError:  # its split cannot be made of these images
-        return ""
+        learnt = None
     shared = 0 if learnt is None else int(learnt[split.val].sum())
-    if not shared:
-        return ""
-    images = f"{shared:,} of the {len(split.val):,} images that validate here"
-    return f"--init {network.file}: {how} {images}, so their accuracy flatters"
+    if shared:
+        images = f"{shared:,} of the {len(split.val):,} images that validate here"
+        yield f"--init {network.file}: {how} {images}, so their accuracy flatters"
+    elif learnt is None and len(split.val) and set(its_classes) & set(classes):
+        yield f"--init {network.file}: it may have learnt images that validate here, as it was trained with others"
 
 
 def _learnt(network: TrainedNetwork, dataset: DataSet, data_dir: Path) -> tuple[Tensor | None, str]:

@@ -267,8 +267,8 @@ def test_a_fold_of_the_training_images_needs_teachers_of_its_own(tiny_run, tmp_p
         ({}, ""),
         ({"split_seed": 1}, r"it has learnt \d+ of the 40 images that validate here, so their accuracy flatters"),
         ({"init": "elsewhere.pt"}, r"it began with the weights of elsewhere.pt, which may have learnt 40 of the 40"),
-        ({"images": {"digest": "0" * 64}}, ""),
-        ({"fold": 3}, ""),
+        ({"images": {"digest": "0" * 64}}, "may have learnt images that validate here, as it was trained with others"),
+        ({"fold": 3}, "may have learnt images that validate here, as it was trained with others"),
     ],
 )
 def test_what_first_weights_may_have_learnt_is_said(changes, sentence, tiny_run, tmp_path: Path, small_demo, capsys):
@@ -278,6 +278,29 @@ def test_what_first_weights_may_have_learnt_is_said(changes, sentence, tiny_run,
     said, notes = capsys.readouterr(), checkpoint.load(tmp_path / "run" / "last.pt")["notes"]
     assert [bool(re.search(sentence, note)) for note in notes] == ([True] if sentence else [])
     assert all(note in said.out + said.err for note in notes)
+
+
+def test_first_weights_of_a_network_that_pools_and_of_other_classes(tmp_path: Path, small_demo, capsys) -> None:
+    once = ["--epochs", "1", "0"]
+    assert run(tmp_path / "pools", "--network", "wide", *once) == 0
+    assert run(tmp_path / "next", "--network", "wide", "--no-last-pool", "--init", tmp_path / "pools", *once) == 0
+    assert "it was trained with --last-pool, and this run goes on without" in capsys.readouterr().out
+    pictures = picture_folders.fill(tmp_path / "pictures", 6)
+    flags = [*picture_folders.TINY, "--image-size", "32", "--images", pictures, "--data-dir", tmp_path]
+
+    def notes(folder: str, *more: object) -> list[str]:
+        words = [str(word) for word in (*flags, "--out", tmp_path / folder, *more)]
+        assert errors.report(lambda: train.main(words)) == 0
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: --init")]
+
+    assert notes("first") == []
+    (pictures / "sky").rename(pictures / "sea")
+    classes, learnt = notes("renamed", "--init", tmp_path / "first")
+    assert "its classes are others (apple, leaf and sky), so the last layer has to be learnt anew" in classes
+    assert "may have learnt images that validate here" in learnt
+    (pictures / "apple").rename(pictures / "pear")
+    (pictures / "leaf").rename(pictures / "tree")
+    assert ["its classes are others" in note for note in notes("all-renamed", "--init", tmp_path / "first")] == [True]
 
 
 def test_teachers_of_other_classes_and_of_other_pictures(tiny_run, tmp_path: Path, refused, capsys) -> None:
