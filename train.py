@@ -39,7 +39,7 @@ from harness.metrics import hits_and_loss
 from harness.picture_defaults import fit_to_folder
 from harness.progress import Progress
 from harness.run_folder import RunFolder
-from harness.teachers import Teachers, load_teachers, notes_on_first_weights
+from harness.teachers import Teachers, digest, load_teachers, notes_on_first_weights
 from losses import LabelSmoothingLoss, distillation_loss
 from optim import RunningAverage, all_finite, build_optimizer, forget_scale, portable_state, rates_on_device
 from recipes import Recipe, Stage, build_network
@@ -90,11 +90,11 @@ def fit(trainer: "Trainer", run: RunFolder, split: Split, runtime: Runtime, inte
 
 def begin_or_continue(trainer: "Trainer", run: RunFolder, split: Split, runtime: Runtime) -> None:
     """Put the trainer into the state that the run folder holds, if any; else start from --init, or from scratch."""
-    first = None
-    if runtime.overwrite and run.recipe.init:
+    first, overwrite = None, runtime.overwrite and not distributed.restarted()
+    if overwrite and run.recipe.init:
         first = checkpoint.take_weights(trainer.net, run.recipe.init)  # or refuse them, before anything is removed
     with distributed.leader_first():
-        state = run.resume(runtime.overwrite, runtime.tensorboard)
+        state = run.resume(overwrite, runtime.tensorboard)
     trainer.recipe = recipe = run.recipe  # resume may have brought back the rules of an older version
     if distributed.max_over_ranks(run.epochs_done) != run.epochs_done:
         raise errors.RunError(f"{run.folder} is not one and the same folder for all processes")
@@ -113,6 +113,7 @@ def begin_or_continue(trainer: "Trainer", run: RunFolder, split: Split, runtime:
         first = first or checkpoint.take_weights(trainer.net, recipe.init)
         for sentence in notes_on_first_weights(first, recipe, split, runtime.data_dir):
             trainer.machine.note(sentence)
+    distributed.require_same({"images": run.images, "teachers": recipe.teachers, "weights": digest(trainer.net)})
     for sentence in epoch_warnings(recipe):
         trainer.machine.note(sentence)
     run.write_config(runtime, trainer.net)

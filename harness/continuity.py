@@ -19,6 +19,7 @@ def changes(state: Mapping[str, Any], recipe: Recipe, images: Mapping[str, Any],
     then = {**_flat(begun), "images": state["images"], "classes": state["classes"]}
     if now["init"] and then["init"] and files.identity(Path(now["init"])) == files.identity(Path(then["init"])):
         then["init"] = now["init"]  # one file by two paths
+    then["teachers"] = sorted(then["teachers"])  # older runs kept the order in which they were named
     idle = idle_settings(recipe)
     named = [name for name in now | then if now.get(name) != then.get(name) and name not in idle]
     for each in (then, now):

@@ -5,11 +5,12 @@ travel as CPU tensors over gloo, which notices at once when a process has ended.
 """
 
 import contextlib
+import hashlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -130,13 +131,33 @@ def max_over_ranks(value: int) -> int:
 
 @contextlib.contextmanager
 def leader_first() -> Iterator[None]:
-    """The leader goes through the block before the others begin: what it fetches or removes, they find done."""
+    """The leader goes through the block before the others begin: what it fetches or removes, they find done.
+
+    All leave it together, as the others may need long, too: where no cache can be written, each opens all pictures.
+    """
     rank, _, _ = rank_and_world()
     if rank:
         max_over_ranks(0)
     yield
     if not rank:
         max_over_ranks(0)
+    max_over_ranks(0)
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process again (--max-restarts), after some process of the group had failed."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def require_same(values: Mapping[str, Any]) -> None:
+    """Raise RunError, in all processes, if one of these things is not the same in each: a file changed, or a machine's.
+
+    A thing is compared by its `repr`.
+    """
+    for name, value in values.items():
+        number = int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:7])
+        if max_over_ranks(number) != -max_over_ranks(-number):
+            raise RunError(f"the processes do not train together, as they have read different {name}; start them again")
 
 
 def is_peer_loss(error: BaseException) -> bool:

@@ -19,6 +19,7 @@ from model import count_parameters
 from recipes import Recipe
 
 DIGEST_LENGTH = 16  # hexadecimal digits
+MOVING = ("last.pt", "previous.pt", "best.pt")  # of a run folder: an epoch replaces them
 
 
 class Teachers:
@@ -41,7 +42,8 @@ class Teachers:
 def load_teachers(paths: Sequence[Path], dataset: DataSet, val: Tensor, data_dir: Path) -> dict[str, TrainedNetwork]:
     """The networks of run folders or checkpoints, on the CPU, as teachers of a run that validates on the images `val`.
 
-    Each under the digest that the student's recipe keeps of it: of its weights and statistics, all as loaded.
+    Each under the digest that the student's recipe keeps of it (of its weights and statistics, all as loaded), in the
+    order of these: in whatever order the paths come, sums are the same.
     Raises RunError for one that cannot be read, has other classes or was trained with other images than the `dataset`,
     may have learnt any of `val`, or is named twice.
     """
@@ -49,22 +51,25 @@ def load_teachers(paths: Sequence[Path], dataset: DataSet, val: Tensor, data_dir
     for path in paths:
         teacher = checkpoint.load_network(path)
         _require_fit(teacher, dataset, val, data_dir)
-        known = teachers.setdefault(digest(teacher), teacher)
+        known = teachers.setdefault(digest(teacher.model), teacher)
         if known is not teacher:
             raise RunError(f"{known.file} and {teacher.file} are the same network; name it once")
         print(
             f"teacher: {teacher.file} ({teacher.recipe.name}, epoch {teacher.epoch} of {teacher.recipe.epochs}, "
             f"{count_parameters(teacher.model):,} parameters)"
         )
-    return teachers
+        if teacher.file.name in MOVING and teacher.epoch < teacher.recipe.epochs:
+            way_out = f"give a copy of {teacher.file.name}"
+            print(f"note: {teacher.file.parent} is not finished; once it goes on, this run cannot: {way_out}")
+    return dict(sorted(teachers.items()))
 
 
-def digest(network: TrainedNetwork) -> str:
+def digest(network: nn.Module) -> str:
     """The first digits of a SHA-256 of names, shapes and values of a network's weights and statistics."""
     known = hashlib.sha256()
-    for name, value in network.model.state_dict().items():
+    for name, value in network.state_dict().items():
         known.update(f"{name} {tuple(value.shape)} ".encode())
-        known.update(value.contiguous().numpy().data)
+        known.update(value.cpu().contiguous().numpy().data)
     return known.hexdigest()[:DIGEST_LENGTH]
 
 

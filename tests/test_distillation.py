@@ -211,7 +211,7 @@ def test_a_distilled_run_continues_exactly(tiny_runs, tmp_path: Path, small_demo
     assert run(tmp_path / "alone", *flags[3:]) == 0
     assert not torch.equal(contents(tmp_path / "alone")["fc.weight"], whole["fc.weight"])
     recipe = checkpoint.load_network(tmp_path / "whole").recipe
-    assert recipe.teachers == tuple(digest(checkpoint.load_network(folder)) for folder in tiny_runs)
+    assert recipe.teachers == tuple(sorted(digest(checkpoint.load_network(folder).model) for folder in tiny_runs))
 
 
 def test_another_teacher_is_noticed(tiny_runs, tmp_path: Path, small_demo, capsys) -> None:
@@ -226,6 +226,28 @@ def test_another_teacher_is_noticed(tiny_runs, tmp_path: Path, small_demo, capsy
         assert "teachers was ['" in said and "other settings" in said
     assert all(torch.equal(value, before[name]) for name, value in contents(tmp_path / "student").items())
     assert run(tmp_path / "student", "--teacher", moved, "--max-minutes", "1e-9") == STOPPED_BY_TIME
+
+
+def test_the_order_of_teachers_does_not_matter(tiny_runs, tmp_path: Path, small_demo) -> None:
+    flags = [["--teacher", *order, "--epochs", "2", "0"] for order in (tiny_runs, tiny_runs[::-1])]
+    assert run(tmp_path / "whole", *flags[0]) == 0
+    assert run(tmp_path / "pieces", *flags[0], "--max-minutes", "1e-9") == STOPPED_BY_TIME
+    state = checkpoint.load(tmp_path / "pieces" / "last.pt")
+    state["recipe"]["teachers"] = state["recipe"]["teachers"][::-1]  # as older versions kept them
+    checkpoint.save(tmp_path / "pieces" / "last.pt", state)
+    assert run(tmp_path / "pieces", *flags[1]) == 0
+    whole, pieces = contents(tmp_path / "whole"), contents(tmp_path / "pieces")
+    assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+
+
+def test_a_teacher_that_may_yet_change_is_said(tmp_path: Path, small_demo, capsys) -> None:
+    teacher = tmp_path / "teacher"
+    assert run(teacher, "--max-minutes", "1e-9") == STOPPED_BY_TIME
+    copy = shutil.copy(teacher / "last.pt", tmp_path / "copy.pt")
+    for path, said in ((teacher, True), (teacher / "last.pt", True), (copy, False)):
+        capsys.readouterr()
+        assert run(tmp_path / "student", "--teacher", path, "--overwrite", "--epochs", "1", "0") == 0
+        assert ("is not finished; once it goes on" in capsys.readouterr().out) == said
 
 
 @pytest.mark.parametrize(
@@ -349,4 +371,4 @@ def test_a_teachers_digest_written_out(tiny_run: Path) -> None:
     network, content = checkpoint.load_network(tiny_run), b""
     for name, value in network.model.state_dict().items():
         content += f"{name} {tuple(value.shape)} ".encode() + value.contiguous().numpy().tobytes()
-    assert digest(network) == hashlib.sha256(content).hexdigest()[:16]
+    assert digest(network.model) == hashlib.sha256(content).hexdigest()[:16]

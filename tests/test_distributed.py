@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from torch import nn
 import augment
 import train
 from harness import checkpoint, distributed, errors
+from harness.interrupt import Interrupt
 from harness.machine import Machine
 from harness.run_folder import best_row
 from model import build_model
@@ -49,10 +49,10 @@ def server() -> None:
 
 def together(world: int, target: Callable, *arguments: object) -> list[int]:
     """Call `target(rank, *arguments)` in processes as torchrun starts them. Returns their statuses in order of rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [CONTEXT.Process(target=_begin, args=(rank, world, port, target, arguments)) for rank in range(world)]
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+    place["TORCHELASTIC_USE_AGENT_STORE"] = True  # so rank 0 does not open one
+    processes = [CONTEXT.Process(target=_begin, args=(rank, place, target, arguments)) for rank in range(world)]
     for process in processes:
         process.start()
     for process in processes:
@@ -60,11 +60,10 @@ def together(world: int, target: Callable, *arguments: object) -> list[int]:
     return [process.exitcode for process in processes]
 
 
-def _begin(rank: int, world: int, port: int, target: Callable, arguments: Sequence) -> None:
+def _begin(rank: int, place: dict[str, object], target: Callable, arguments: Sequence) -> None:
     signal.alarm(LIMIT)
     torch.set_num_threads(1)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in place.items()} | LOOPBACK
+    os.environ |= {name: str(value) for name, value in (place | {"RANK": rank, "LOCAL_RANK": rank}).items()} | LOOPBACK
     target(rank, *arguments)
 
 
@@ -126,7 +125,7 @@ FAULTS = {
     "SIGTERM while the leader saves and the follower waits": (
         {
             0: (functools.partial(processes.before, checkpoint.save, 1, TERM),),
-            1: (functools.partial(processes.before, distributed.max_over_ranks, 4, TERM),),
+            1: (functools.partial(processes.before, Interrupt.stop_if_out_of_time, 1, TERM),),
         },
         [],
         [143, 143],
@@ -201,6 +200,38 @@ def test_processes_that_see_different_folders_do_not_train_together(tmp_path: Pa
     assert run(out, {1: (_see_no_state,)}) == [1, 1], log(out, 0) + log(out, 1)
     assert f"{out} is not one and the same folder for all processes" in log(out, 1)
     assert (out / "last.pt").read_bytes() == before
+
+
+def _read_other_weights() -> None:
+    take = checkpoint.take_weights
+
+    def other(net: nn.Module, source: str) -> checkpoint.TrainedNetwork:
+        trained = take(net, source)
+        net.fc.bias.data += 1
+        return trained
+
+    processes.replace(take, other)
+
+
+def test_processes_that_read_different_weights_do_not_train_together(whole: Path, tmp_path: Path) -> None:
+    out, flags = tmp_path / "run", ["--init", str(whole / "last.pt"), "--seed", "1"]
+    assert run(out, {1: (_read_other_weights,)}, *flags) == [1, 1], log(out, 0) + log(out, 1)
+    for rank in (0, 1):
+        assert "the processes do not train together, as they have read different weights" in log(out, rank)
+    assert not (out / "last.pt").exists()
+
+
+def _restarted() -> None:
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+
+
+def test_what_torchrun_restarts_goes_on_also_with_overwrite(whole: Path, tmp_path: Path) -> None:
+    out, flags = tmp_path / "run", ["--overwrite"]
+    assert run(out, {1: at_step(4, KILL)}, *flags) == [1, -9], log(out, 0) + log(out, 1)
+    assert len(checkpoint.load(out / "last.pt")["rows"]) == 1
+    assert run(out, dict.fromkeys((0, 1), (_restarted,)), *flags) == [0, 0], log(out, 0) + log(out, 1)
+    assert "1 of 4 epochs done" in log(out, 0)
+    assert differences(out, whole) == []
 
 
 def test_the_rank_is_among_all_processes_and_not_on_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
