@@ -173,7 +173,17 @@ def notes(runs: list[Run]) -> list[str]:
     }
     if len(validated) > 1:
         said.append("these runs do not all validate on the same images: small differences mean nothing")
+    ways = list(dict.fromkeys(_scoring(run) for run in runs if run.rows and best_row(run.rows)))
+    if len(ways) > 1:
+        listed = "; ".join(f"{size} px, --tta {tta}" for size, tta in ways)
+        said.append(f"the last epochs are not scored alike ({listed}); evaluate.py with --size and --tta does so")
     return said
+
+
+def _scoring(run: Run) -> tuple[int, str]:
+    """Size and TTA by which a run's last epoch so far was scored."""
+    epoch = run.recipe.at(min(len(run.rows), run.recipe.epochs) - 1)
+    return epoch.stage.eval_size, epoch.tta
 
 
 def _validating(recipe: Recipe) -> tuple[float, ...]:

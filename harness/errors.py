@@ -30,6 +30,7 @@ NO_MEMORY = re.compile(
     r"|could not (create|execute) a primitive$|FIND was unable to find an engine",
     re.IGNORECASE,
 )
+OF_A_GPU = re.compile(r"CUDA|cudnn|FIND was unable", re.IGNORECASE)
 PLACE_IN_SOURCE = re.compile(r"^\[enforce fail[^]]*] [^.]*\. ")  # compiled here, as later there may be no memory to
 
 
@@ -201,7 +202,10 @@ def _interrupts_raised() -> Iterator[None]:
 
 
 def _no_memory(error: BaseException) -> str:
-    words = PLACE_IN_SOURCE.sub("", reason(_lack_of_memory(error)))
+    lack = _lack_of_memory(error)
+    words = PLACE_IN_SOURCE.sub("", reason(lack))
+    if type(lack).__name__ == "OutOfMemoryError" or OF_A_GPU.search(words):
+        return f"the GPU has not enough memory ({words}); end what else runs on it, or use --device cpu"
     return f"there is not enough memory ({words}); end other programs, or use a machine that has more"
 
 

@@ -37,6 +37,8 @@ class Graphs:
         """Drop all graphs, and with them their memory."""
         self._graphs: dict[Hashable, _Graph] = {}
         self._calls: dict[Hashable, int] = {}
+        # Where graphs read their inputs: those of one function and shapes in one place, as each call fills it anew.
+        self._inputs: dict[Hashable, list[Tensor]] = {}
         # Memory and a stream of their own: the default stream of captures has one workspace for all, which graphs of
         # another run in this process would take along when they go.
         self._pool: Any = None
@@ -54,7 +56,8 @@ class Graphs:
         """`function(*tensors, *constants)`: one graph for each function, shapes of the tensors, and constants."""
         if not self.enabled or function.__name__ in self._refused:
             return function(*tensors, *constants)
-        key = (function.__name__, constants, tuple(tensor.shape for tensor in tensors))
+        place = (function.__name__, tuple(tensor.shape for tensor in tensors))
+        key = (*place, constants)
         if key in self._graphs:
             return self._graphs[key].replay(tensors)
         self._calls[key] = self._calls.get(key, 0) + 1
@@ -64,7 +67,9 @@ class Graphs:
         try:
             if self._pool is None:
                 self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-            self._graphs[key] = _Graph(function, tensors, constants, self._pool, self._stream)
+            if place not in self._inputs:
+                self._inputs[place] = [tensor.clone() for tensor in tensors]
+            self._graphs[key] = _Graph(function, self._inputs[place], constants, self._pool, self._stream)
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # or the capture's would stay the current one
             _stop_recording(self._pool)
@@ -103,9 +108,9 @@ class _Graph:
     """One captured call: `replay` copies its inputs to where the graph reads them, and gives what it computes."""
 
     def __init__(
-        self, function: Callable[..., Any], tensors: tuple[Tensor, ...], constants: tuple, pool: Any, stream: Any
+        self, function: Callable[..., Any], inputs: list[Tensor], constants: tuple, pool: Any, stream: Any
     ) -> None:
-        self.inputs = [tensor.clone() for tensor in tensors]
+        self.inputs = inputs
         self.graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(self.graph, pool=pool, stream=stream):

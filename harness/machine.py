@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import gc
 import importlib.util
 import os
 import platform
@@ -95,6 +96,8 @@ class Machine:
         """The images on the device, or left where they are if they would take more than half of its free memory."""
         if self.device.type != "cuda":
             return images
+        gc.collect()  # in a notebook the run before may still hold memory
+        torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(self.device)
         if images.nbytes <= IMAGES_SHARE * free:
             return images.to(self.device)

@@ -3,13 +3,10 @@
 import contextlib
 import csv
 import dataclasses
-import importlib.metadata
 import io
 import json
 import math
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +17,7 @@ import torch
 from torch import Tensor
 
 from augment import EpochDraws, make_batch
-from harness import checkpoint, continuity, files, ownership, plots, run_plots
+from harness import checkpoint, continuity, files, ownership, plots, provenance, run_plots
 from harness.cli import Runtime
 from harness.errors import RunError
 from harness.machine import PRECISIONS, Machine
@@ -155,11 +152,7 @@ class RunFolder:
             "images": self.images,
             "parameters": count_parameters(net),
             **self.machine.as_dict(),
-            "versions": {
-                "python": platform.python_version(),
-                **{name: _version(name) for name in ("torch", "torchvision", "numpy", "matplotlib")},
-            },
-            "git": _revision(),
+            **provenance.as_dict(),
         }
         files.write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
 
@@ -177,9 +170,7 @@ class RunFolder:
             what = "the validation loss"
         else:
             return
-        done, way_out = self.epochs_done, "a lower --lr"
-        if done:
-            way_out += f", with another --out; --init {self.folder / 'last.pt'} starts from the weights of epoch {done}"
+        done, way_out = self.epochs_done, "a lower --lr" + self._where_settings_may_change()
         if self.machine.precision is torch.float32:
             way_out = f"Try {way_out}"
         else:  # which is no part of the recipe, and in fp16 the likely cause
@@ -188,13 +179,23 @@ class RunFolder:
         raise RunError(f"{what} of epoch {done + 1} is not a finite number, so the run has stopped. {way_out}")
 
     def what_needs_memory(self) -> str:
-        """The epoch in flight, as the end of a sentence about memory, with the way out."""
+        """The epoch in flight, as the end of a sentence about memory, with the ways out."""
         epoch = self.recipe.at(min(self.epochs_done, self.recipe.epochs - 1))
+        eager = "try the same command with --no-compile; else " if self.machine.compile or self.machine.graphs else ""
+        smaller = "a smaller --batch, --crop-size or --eval-size"
+        smaller += ", or --image-size" if "digest" in self.images else ""
         return (
             f"epoch {self.epochs_done + 1}: batches of {epoch.stage.batch} views of {epoch.crop_size} px, "
-            f"scored at {epoch.stage.eval_size} px; give a smaller --batch, --crop-size or --eval-size, "
-            "or fewer --views, whose random numbers are drawn an epoch at a time"
+            f"scored at {epoch.stage.eval_size} px; {eager}give {smaller}, "
+            f"or fewer --views, whose random numbers are drawn an epoch at a time{self._where_settings_may_change()}"
         )
+
+    def _where_settings_may_change(self) -> str:
+        """How to go on with another setting, where the folder holds a run that it may not change."""
+        if not self.epochs_done:
+            return ""
+        start = f"--init {self.folder / 'last.pt'} starts from the weights of epoch {self.epochs_done}"
+        return f", with another --out; {start}"
 
     def commit(self, row: dict[str, Any], trained: dict[str, Any]) -> None:
         """Save an epoch's row and the trainer's state, whole or not at all; then print the row and draw the plots."""
@@ -333,19 +334,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(each) for each in value]
     return str(value.absolute()) if isinstance(value, Path) else value
-
-
-def _version(package: str) -> str | None:
-    """The version of a package; None where it is not installed, as torchvision need not be for training."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
-    return None
-
-
-def _revision() -> str | None:
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None

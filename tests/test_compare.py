@@ -97,6 +97,18 @@ def test_other_val_images_are_told(tmp_path, capsys, change, told):
     assert ("do not all validate on the same images" in capsys.readouterr().out) == told
 
 
+def test_other_ways_of_scoring_are_told(tmp_path, capsys):
+    """Crops are scored after a run's last epoch alone."""
+    finished = make_run(tmp_path / "a", [0.5] * 6, tta="multi")
+    going = make_run(tmp_path / "b", [0.6] * 5, tta="multi")
+    assert run(finished, going) == 0
+    assert "are not scored alike (144 px, --tta multi; 144 px, --tta mirror)" in capsys.readouterr().out
+    (tmp_path / "c").mkdir()
+    for others in ([finished, finished], [finished, make_run(tmp_path / "c" / "begun", [])]):
+        assert run(*others) == 0
+        assert "scored alike" not in capsys.readouterr().out
+
+
 def test_other_pictures_are_told(tmp_path, capsys):
     runs = [make_run(tmp_path / name, [0.5]) for name in "ab"]
     for folder, digit in zip(runs, "01", strict=True):

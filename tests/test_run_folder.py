@@ -22,6 +22,7 @@ from harness.demo_shapes import DEMO_CLASSES
 from harness.images import recorded_source
 from harness.machine import Machine
 from harness.metrics import wilson
+from harness.run_folder import RunFolder
 from recipes import RECIPES, Stage
 from scheduler import warmup_cosine_rate
 
@@ -226,7 +227,19 @@ def test_too_little_memory_names_the_epoch_and_the_way_out(
     assert said.startswith(
         "error: not enough memory for epoch 2: batches of 32 views of 32 px, scored at 32 px; give a "
     )
-    assert said.count("\n") == 1 and checkpoint.load(tmp_path / "run" / "last.pt")["epoch"] == 1
+    last = tmp_path / "run" / "last.pt"
+    assert said.endswith(f", with another --out; --init {last} starts from the weights of epoch 1\n")
+    assert said.count("\n") == 1 and checkpoint.load(last)["epoch"] == 1
+
+
+def test_captured_and_compiled_steps_need_memory_too(tmp_path: Path) -> None:
+    for compiled, graphs in ((False, False), (True, False), (False, True)):
+        machine = Machine(torch.device("cuda", 0), torch.float32, compiled, graphs)
+        run = RunFolder(tmp_path, RECIPES["cpu"], ("a", "b"), {"train": 1, "val": 1}, machine)
+        assert ("try the same command with --no-compile; else give" in run.what_needs_memory()) == (compiled or graphs)
+        assert "--init" not in run.what_needs_memory() and "--image-size" not in run.what_needs_memory()
+    run.images = {"train": 1, "val": 1, "digest": "0" * 64}
+    assert "or --image-size" in run.what_needs_memory()
 
 
 # what a run says of itself

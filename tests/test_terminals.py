@@ -177,7 +177,10 @@ def test_out_of_memory_is_recognised(error: BaseException, capsys: pytest.Captur
 
     assert is_out_of_memory(error)
     assert errors.report(main) == 1
-    assert "there is not enough memory" in one_line(capsys.readouterr().err)
+    said = one_line(capsys.readouterr().err)
+    of_a_gpu = type(error) is torch.OutOfMemoryError or any(word in str(error) for word in ("CUDA", "CUDNN", "engine"))
+    assert ("the GPU has not enough memory" if of_a_gpu else "there is not enough memory") in said
+    assert ("--device cpu" in said) == of_a_gpu
 
 
 @pytest.mark.parametrize(
