@@ -6,9 +6,9 @@
     python3 export.py last.pt --format weights              # model.pt, of half the size, for this project's commands
 
 Both exchange formats take RGB pixels from 0 to 255 as float32 (N, 3, H, W), of any number and any size from 32 px, and
-give logits (N, classes): the normalisation is inside, the resizing is not. (Exported by PyTorch 2.11 they take even
-sizes only, or odd ones where the run's eval size is odd.) Each file is loaded back and compared with the network that
-it was made of before it gets its name.
+give logits (N, classes): the normalisation is inside, the resizing is not. (Exported by PyTorch 2.11 they take only
+sizes that halve as the run's eval size does: multiples of eight for the recipes here.) Each file is loaded back and
+compared with the network that it was made of before it gets its name.
 """
 
 import argparse
@@ -206,7 +206,7 @@ def metadata(trained: TrainedNetwork) -> dict[str, str]:
 
 
 def _program(trained: TrainedNetwork) -> torch.export.ExportedProgram:
-    """The network for any batch and size; in PyTorch 2.11 for even sizes only, or odd ones where eval_size is odd."""
+    """The network for any batch and size; in PyTorch 2.11 for sizes that halve as its eval size does."""
     classifier = Classifier(copy.deepcopy(trained.model)).to(memory_format=torch.contiguous_format).eval()
     example = torch.zeros(2, 3, trained.eval_size, trained.eval_size)
     side = torch.export.Dim.AUTO(min=SMALLEST_INPUT)

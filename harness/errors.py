@@ -102,6 +102,7 @@ def before_imports() -> None:
 
         tqdm.monitor_interval = 0  # no thread beside ours
         tqdm.set_lock(threading.RLock())  # nor a process that looks after a semaphore
+        tqdm.format_meter(0, 1, 0.0, bar_format=os.environ.get("TQDM_BAR_FORMAT"))  # or the next line's bar complains
         tqdm(total=1, file=io.StringIO(), disable=False).close()
     except (KeyError, ValueError, IndexError) as error:  # tqdm reads its variables at the import, and uses some later
         names = ", ".join(sorted(name for name in os.environ if name.startswith("TQDM_")))

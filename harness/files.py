@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import glob
+import inspect
 import os
 import secrets
 import shutil
@@ -192,10 +193,8 @@ def locked(folder: Path, *, wait: bool) -> Iterator[Path]:
     created or written, or is in use.
     """
     make_folder(folder)
-    try:
-        lock = filelock.FileLock(folder / LOCK_FILE, fallback_to_soft=False)
-    except TypeError:  # a version of filelock from before that option
-        lock = filelock.FileLock(folder / LOCK_FILE)
+    newer = "fallback_to_soft" in inspect.signature(filelock.FileLock).parameters  # else it never does
+    lock = filelock.FileLock(folder / LOCK_FILE, **{"fallback_to_soft": False} if newer else {})
     try:
         _acquire(lock, folder, wait)
     except (OSError, NotImplementedError) as error:  # there are no locks here, unless nothing may be written
