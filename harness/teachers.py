@@ -100,7 +100,7 @@ def notes_on_first_weights(network: TrainedNetwork, recipe: Recipe, split: Split
         yield f"--init {network.file}: its classes are {others}, so the last layer has to be learnt anew"
     if network.recipe.last_pool != recipe.last_pool:
         flag = "--last-pool" if network.recipe.last_pool else "--no-last-pool"
-        yield f"--init {network.file}: it was trained with {flag}, and this run goes on without"
+        yield f"--init {network.file}: it was trained with {flag}, unlike this run"
     try:
         learnt, how = _learnt(network, split.dataset, data_dir)
     except RunError:  # its split cannot be made of these images
