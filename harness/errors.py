@@ -31,6 +31,10 @@ NO_MEMORY = re.compile(
     re.IGNORECASE,
 )
 OF_A_GPU = re.compile(r"CUDA|cudnn|FIND was unable", re.IGNORECASE)
+HARDWARE = re.compile(r"ECC error|unknown error|launch timed out|unavailable|GPU is lost")  # else it may be a bug
+AFTER_A_FAILURE = (
+    "start the same command again, in a notebook after a restart of the kernel: a run goes on after its last epoch"
+)
 PLACE_IN_SOURCE = re.compile(r"^\[enforce fail[^]]*] [^.]*\. ")  # compiled here, as later there may be no memory to
 
 
@@ -160,6 +164,8 @@ def report(main: Callable[[], int | None]) -> int:
             status = _fail(_no_memory(error))
         elif isinstance(error, OSError):  # of a file that nobody foresaw trouble with, or of a print
             status = _fail(_cause(error))
+        elif type(error).__name__ == "AcceleratorError" and HARDWARE.search(str(error)):  # torch's
+            status = _fail(f"the GPU failed ({reason(error)}); {AFTER_A_FAILURE}")
         else:
             raise
     try:

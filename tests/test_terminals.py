@@ -146,7 +146,18 @@ def test_tqdm_variables_that_tqdm_cannot_use(variable: str, value: str) -> None:
     assert f"{variable} (" in one_line(result.stderr) and "unset it" in result.stderr
 
 
-# memory
+# a GPU that fails, and memory
+
+
+def test_a_gpu_that_fails_is_a_line_and_a_bug_is_not(capsys: pytest.CaptureFixture) -> None:
+    def main(words: str) -> None:
+        raise torch.AcceleratorError(f"CUDA error: {words}\nCUDA kernel errors might be asynchronously reported …")
+
+    assert errors.report(partial(main, "uncorrectable ECC error encountered")) == 1
+    said = one_line(capsys.readouterr().err)
+    assert "the GPU failed (CUDA error: uncorrectable ECC error encountered); start the same command again" in said
+    with pytest.raises(torch.AcceleratorError):
+        errors.report(partial(main, "device-side assert triggered"))
 
 
 @pytest.mark.parametrize(
