@@ -75,7 +75,8 @@ def train_parser() -> argparse.ArgumentParser:
         "--recipe",
         choices=RECIPES,
         help="named settings to start from. original: the student project's, for a GPU; cpu: minutes on two CPU cores; "
-        "cpu-long: one to two hours; gpu: one GPU; demo: drawn shapes (default: original; with --images: cpu)",
+        "cpu-long: one to two hours; cpu-night: two to ten; gpu: one GPU; demo: drawn shapes (default: original; with "
+        "--images: cpu)",
     )
     parser.add_argument("--demo", action="store_true", help="the demo recipe, on pictures drawn by the program itself")
     add_flags(parser.add_argument_group("stages (one value per stage; each recipe has its own)"), Stage)

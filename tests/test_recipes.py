@@ -96,8 +96,9 @@ def test_values_are_replaced_where_they_stand():
 
 @pytest.mark.parametrize(
     "name, parameters",
-    [("original", 1_996_986), ("cpu", 1_877_386), ("cpu-long", 1_877_386), ("gpu", 1_877_386), ("demo", 38_442)],
-)
+    [("original", 1_996_986), ("cpu", 1_877_386), ("cpu-long", 1_877_386), ("cpu-night", 1_877_386),
+     ("gpu", 1_877_386), ("demo", 38_442)],
+)  # fmt: skip
 def test_networks_have_their_published_number_of_parameters(name, parameters):
     with torch.device("meta"):
         assert count_parameters(build_network(RECIPES[name], 10)) == parameters
@@ -110,7 +111,10 @@ def test_a_network_over_the_budget_is_refused_with_the_way_out(planes):
         build_network(recipe, 10)
 
 
-@pytest.mark.parametrize("name, file", [("cpu", "cpu-six-seed0.csv"), ("cpu-long", "cpu-long-112-seed0.csv")])
+@pytest.mark.parametrize(
+    "name, file",
+    [("cpu", "cpu-six-seed0.csv"), ("cpu-long", "cpu-long-112-seed0.csv"), ("cpu-night", "cpu-night-seed0.csv")],
+)
 def test_a_recipe_is_that_of_its_recorded_run(name, file):
     """Its epochs and rates; and the share of right answers is one of whole samples."""
     with open(Path(__file__).parent.parent / "docs" / "runs" / file, newline="") as opened:
@@ -128,7 +132,7 @@ def test_a_recipe_is_that_of_its_recorded_run(name, file):
 @pytest.mark.parametrize(
     "name, images, samples",
     [("original", 4_000, 35_200_000), ("cpu", 4_000, 223_744), ("cpu-long", 4_000, 1_920_000),
-     ("gpu", 4_000, 5_120_000), ("demo", 1_200, 18_432)],
+     ("cpu-night", 4_000, 3_840_000), ("gpu", 4_000, 5_120_000), ("demo", 1_200, 18_432)],
 )  # fmt: skip
 def test_recipes_have_their_published_number_of_samples(name, images, samples):
     assert RECIPES[name].samples(images, RECIPES[name].epochs) == samples
@@ -141,6 +145,13 @@ def test_the_shorter_recipe_differs_from_the_longer_in_what_is_said():
     )
     same = {"name": "cpu", "stages": cpu.stages, "views_per_image": 14, "last_pool": True, "average": 0.995}
     assert cpu == dataclasses.replace(longer, augmentation=mild, **same)
+
+
+def test_the_nights_recipe_differs_from_the_longer_in_what_is_said():
+    longer, night = RECIPES["cpu-long"], RECIPES["cpu-night"]
+    views = dataclasses.replace(longer.augmentation, trivial_augment=True)
+    same = {"name": "cpu-night", "views_per_image": 40, "average": 0.999}
+    assert night == dataclasses.replace(longer, augmentation=views, **same)
 
 
 def test_the_gpus_recipe_differs_from_the_longer_in_what_is_said():
