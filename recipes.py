@@ -22,7 +22,8 @@ TTA_HELP = "test-time augmentation; predictions are averaged over: " + "; ".join
 NO_LIMIT = 10**12  # parameters: a budget that holds nothing back
 MOST_VIEWS = 10_000
 OLD_NAMES = {"view": "augmentation", "views": "views_per_image"}  # of checkpoints of format 1
-RETIRED = {"mirrored": False}  # settings of older versions, each with the value that is today's behaviour
+# settings of older versions, each with the value that is today's behaviour
+RETIRED = {"mirrored": False, "mix_until": 1.0}
 
 
 class UnknownSettings(ValueError):
@@ -64,7 +65,6 @@ class Epoch(NamedTuple):
     stage: Stage
     number: int  # within the stage, from 0
     crop_size: int  # side of the training views in px
-    augmentation: ViewOptions
     tta: str  # forms over which the validation images are scored after it
 
 
@@ -138,9 +138,6 @@ class Recipe:
         "decay of the running average of weights that is scored and kept; 0 is off", 0.0, low=0.0, high=0.99999
     )
     average_warmup: bool = option("let the average's decay rise with the steps, so that it fits short runs too", True)
-    mix_until: float = option(
-        "share of the epochs in which Mixup and CutMix are on; they are off in the rest", 1.0, low=0.0, high=1.0
-    )
     teacher_temperature: float = option(
         "temperature that softens the probabilities of --teacher", 2.0, above=0.0, high=100.0
     )
@@ -158,8 +155,6 @@ class Recipe:
             raise ValueError(f"last_pool is a part of network wide: for {self.network} add --last-pool")
         if self.fold is not None and self.train_on == "all":
             raise ValueError("fold and train_on all exclude each other: a fold says which images to train on")
-        if self.mix_until < 1 and not self.augmentation.mixes:
-            raise ValueError("mix_until is of no use without mixup or cutmix")
         if self.tune_fold is not None and (self.fold is not None or self.train_on == "all"):
             other = "train_on all" if self.fold is None else "fold"
             raise ValueError(f"tune_fold and {other} exclude each other: each says which images to train on")
@@ -174,13 +169,11 @@ class Recipe:
 
         Before the last epoch, whose figure counts, TTA "mirror" replaces "multi", at a fifth of the cost.
         """
-        mixes = epochs_done < round(self.mix_until * self.epochs)
-        augmentation = self.augmentation if mixes else dataclasses.replace(self.augmentation, mixup=0.0, cutmix=0.0)
         tta = "mirror" if self.tta == "multi" and epochs_done + 1 < self.epochs else self.tta
         number = epochs_done
         for index, stage in enumerate(self.stages):
             if number < stage.epochs:
-                return Epoch(index, stage, number, stage.crop_size_in(number), augmentation, tta)
+                return Epoch(index, stage, number, stage.crop_size_in(number), tta)
             number -= stage.epochs
         raise ValueError("the recipe has no further epoch")
 

@@ -133,10 +133,10 @@ def train_epochs(trainer: "Trainer", run: RunFolder, split: Split, interrupt: In
     progress = Progress(trainer.form, recipe, trainer.net, run.images, len(dataset.classes))
     while run.epochs_done < recipe.epochs:
         began = time.monotonic()
-        stage_index, stage, number, size, augmentation, tta = recipe.at(run.epochs_done)
+        stage_index, stage, number, size, tta = recipe.at(run.epochs_done)
         seed = (recipe.seed, stage_index, number)
         indices = balanced_indices(train, dataset.labels, seed) if recipe.balance else train
-        draws = draw_epoch(indices, recipe.views_per_image, stage.batch, augmentation, seed)
+        draws = draw_epoch(indices, recipe.views_per_image, stage.batch, recipe.augmentation, seed)
         draws = draws.to(machine.device, images.device)
         if number == 0:
             trainer.begin_stage(stage, len(train))
@@ -253,7 +253,7 @@ class Trainer:
         steps = len(draws.order) // stage.batch
         losses = torch.zeros(steps, device=self.machine.device)
         hits = torch.zeros((), dtype=torch.int64, device=self.machine.device)
-        options = self.recipe.augmentation  # also without mixing: such epochs' draws mix nothing, so graphs stay valid
+        options = self.recipe.augmentation
         for step in range(steps):
             samples = take_samples(images, labels, draws, self.machine.share_of_batch(step, stage.batch))
             batch = self.graphs.run(augmented_batch, samples, draws.colour_orders[step], size, options, warm=1)

@@ -227,15 +227,11 @@ def idle_settings(recipe: Recipe) -> dict[str, str]:
 
 
 def epoch_warnings(recipe: Recipe) -> Iterator[str]:
-    """A sentence for each stage with too few epochs for its crop sizes, and one for a --mix-until without effect."""
+    """A sentence for each stage with too few epochs for its crop sizes."""
     for number, stage in enumerate(recipe.stages, 1):
         if stage.unused_crop_sizes:
             sizes = ", ".join(map(str, stage.unused_crop_sizes))
             yield f"stage {number} has {counted(stage.epochs, 'epoch')}: too few for its crop size(s) {sizes} px"
-    mixing = round(recipe.mix_until * recipe.epochs)
-    if 0 < recipe.mix_until < 1 and mixing in (0, recipe.epochs):
-        what = "every epoch mixes" if mixing else "no epoch mixes"
-        yield f"the run has {counted(recipe.epochs, 'epoch')}: too few for --mix-until {recipe.mix_until:g}, so {what}"
 
 
 def refuse_among_pictures(parser: argparse.ArgumentParser, out: Path, images: Path | None) -> None:

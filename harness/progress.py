@@ -50,7 +50,7 @@ class Progress:
 
         The bar shows the last loss of `rows`, which is of the epoch before: it must not wait for the device.
         """
-        stage_index, stage, _, size, *_ = self.recipe.at(epochs_done)
+        stage_index, stage, _, size, _ = self.recipe.at(epochs_done)
         steps = self.recipe.steps_per_epoch(stage, self.images)
         compiles = self.form.compiles and (size, stage.batch) not in self._compiled
         self._compiled.add((size, stage.batch))
@@ -98,7 +98,7 @@ class Progress:
         Empty for a run that ends soon.
         """
         recipe, machine = self.recipe, self.machine
-        stage_index, stage, number, size, *_ = recipe.at(epochs_done)
+        stage_index, stage, number, size, _ = recipe.at(epochs_done)
         modelled = cost.modelled_rates(machine, recipe, self.net)
         speed = samples_per_second / modelled[size]
         rates = {size: speed * modelled_rate for size, modelled_rate in modelled.items()}

@@ -318,7 +318,7 @@ def test_settings_of_another_version_are_named_and_nothing_is_lost(run: Path, ti
 
 def test_a_setting_that_is_gone_is_no_obstacle_where_it_changed_nothing(run: Path, tiny_run: Path, small_demo):
     payload = checkpoint.load(run / "last.pt")
-    checkpoint.save(run / "last.pt", payload | {"recipe": payload["recipe"] | {"mirrored": False}})
+    checkpoint.save(run / "last.pt", payload | {"recipe": payload["recipe"] | {"mirrored": False, "mix_until": 1.0}})
     assert checkpoint.load_network(run).recipe == checkpoint.load_network(tiny_run).recipe
     assert continued(run, tiny_run) == 0
 
