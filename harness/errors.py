@@ -181,14 +181,23 @@ def end_process(status: int) -> NoReturn:
 
     A shell that runs commands in a loop goes on with the next one where Ctrl-C has merely led to a status.
     """
-    number = status - 128
-    if number in (signal.SIGINT, signal.SIGTERM) and os.name == "posix" and not in_a_session():
+    if status - 128 in (signal.SIGINT, signal.SIGTERM) and not in_a_session():
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):  # closed by the reader, or by whoever started us
                 stream.flush()
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)  # which spares process 1 of a container
+        die_of(status - 128)
     sys.exit(status)
+
+
+def die_of(number: int) -> None:
+    """End the process as the signal `number` by itself would.
+
+    This returns in process 1 of a container, which its own signals spare, and on Windows, where they end it with the
+    number as its status.
+    """
+    if os.name != "nt":
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
 
 def _escaped(error: UnicodeEncodeError) -> tuple[str, int]:

@@ -63,11 +63,8 @@ class Interrupt:
         elif now > self._came + (ECHO if self.world == 1 else TORCHRUN_ECHO):
             if errors.in_a_session():  # the process is the notebook's or the prompt's, with all that it holds
                 raise KeyboardInterrupt
-            if os.name == "nt":  # where os.kill would end the process with the signal's number as its status
-                os._exit(128 + number)
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-            os._exit(128 + number)  # process 1 of a container is spared by its own signals
+            errors.die_of(number)
+            os._exit(128 + number)
 
     def stop_if_signalled(self, epoch_in_flight: bool = True) -> None:
         """Raise Stopped if a signal has come."""
