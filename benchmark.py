@@ -120,29 +120,33 @@ class ThisProject:
         job, rows = self.job, self.machine.share_of_batch(step, self.job.batch)
         return make_batch(self.images, self.labels, self.draws, step, rows, job.size, job.recipe.augmentation)
 
-    def views(self) -> None:
+    def views(self) -> int:
         for step in range(self.job.steps):
             self._batch(step)
+        return self.job.samples
 
-    def train_steps(self) -> None:
+    def train_steps(self) -> int:
         self.trainer.net.train()
         for _ in range(self.job.steps):
             self.trainer.step(self.batch)
+        return self.job.samples
 
-    def end_to_end(self) -> None:
+    def end_to_end(self) -> int:
         draws, size = self._draw(), self.job.size
         self.trainer.train_epoch(self.images, self.labels, draws, self.stage, size, after_step=lambda: None)
+        return self.job.samples
 
-    def score(self) -> None:
+    def score(self) -> int:
         images = self.images[self.index.to(self.machine.device)]
         scoring.logits(self.trainer.eval_model, images, self.job.eval_size, precision=self.machine.precision)
+        return self.job.samples
 
     def matmul_tflops(self) -> float:
         """TFLOP/s that the machine reaches in a large square matrix product in this precision: the median of nine."""
         side = PRODUCT_SIDE[self.machine.device.type]
         a, b = torch.randn(2, side, side, device=self.machine.device).to(self.machine.precision)
         torch.mm(a, b)
-        return 2 * side**3 / statistics.median(timed(lambda: torch.mm(a, b)) for _ in range(9)) / 1e12
+        return 2 * side**3 / statistics.median(timed(lambda: torch.mm(a, b))[0] for _ in range(9)) / 1e12
 
 
 class Process:
@@ -151,7 +155,7 @@ class Process:
     _side: Baseline | ThisProject  # in that process only
 
     def __init__(self, kind: type[Baseline] | type[ThisProject], job: Job) -> None:
-        self.samples, self.steps = job.samples, job.steps
+        self.steps = job.steps
         ignore = (signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for this process
         context = multiprocessing.get_context("spawn")
         self.pool = ProcessPoolExecutor(1, context, initializer=signal.signal, initargs=ignore)
@@ -184,7 +188,7 @@ class Process:
         """
         rates = []
         while len(rates) * self.steps < LONGEST_SETTLING and not settled(rates, math.ceil(SETTLING / self.steps)):
-            rates.append(1 / self.ask(Process.seconds, "train_steps"))
+            rates.append(self.ask(Process.rate, "train_steps"))
         return len(rates) * self.steps
 
     @staticmethod
@@ -192,12 +196,13 @@ class Process:
         Process._side = kind(job)
 
     @staticmethod
-    def seconds(method: str, threads: int | None = None) -> float:
-        """Time one call of a side's method, on so many threads if given."""
+    def rate(method: str, threads: int | None = None) -> float:
+        """Images a second in one call of a side's method, on so many threads if given."""
         before = torch.get_num_threads()
         torch.set_num_threads(threads or before)
         try:
-            return timed(getattr(Process._side, method))
+            seconds, images = timed(getattr(Process._side, method))
+            return images / seconds
         finally:
             torch.set_num_threads(before)
 
@@ -256,7 +261,7 @@ def measure(job: Job, turns: int) -> dict[str, Any]:
 
 def take_turns(name: str, sides: list[Process], turns: int, *question: Any) -> dict[str, Any]:
     """Images a second of both sides, and how many times faster this project was, turn by turn after one to warm up."""
-    rates = [[side.samples / side.ask(Process.seconds, *question) for side in sides] for _ in range(turns + 1)][1:]
+    rates = [[side.ask(Process.rate, *question) for side in sides] for _ in range(turns + 1)][1:]
     columns = dict(zip(SIDES, map(list, zip(*rates, strict=True)), strict=True))
     return {"name": name, **columns, "ratios": [ours / usual for usual, ours in rates]}
 

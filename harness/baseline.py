@@ -23,6 +23,7 @@ from recipes import Recipe, build_network
 CORES = usable_cores()
 CLASS_COUNT = len(data.CLASSES)
 DRAWN = 50  # pictures a class
+PIL_VIEWS = 1024  # at most in a turn: one core makes some hundreds a second
 
 
 class Job(NamedTuple):
@@ -56,7 +57,7 @@ class Pictures(Dataset):
 
 
 class Baseline:
-    """The usual training script's way. Each public method handles a job's samples and returns when that is done."""
+    """The usual training script's way. Each public method handles a job's samples and returns how many those were."""
 
     def __init__(self, job: Job) -> None:
         os.environ.pop(LARGE_PAGES, None)  # this project's idea, which it set before this process began
@@ -79,25 +80,30 @@ class Baseline:
         self.x = torch.randn(job.batch, 3, job.size, job.size, device=self.device)
         self.y = torch.arange(job.batch, device=self.device) % CLASS_COUNT
 
-    def views(self) -> None:
-        for index in range(self.job.samples):
+    def views(self) -> int:
+        count = min(self.job.samples, PIL_VIEWS)
+        for index in range(count):
             self.pictures[index]
+        return count
 
-    def train_steps(self) -> None:
+    def train_steps(self) -> int:
         for _ in range(self.job.steps):
             self._step(self.x, self.y)
+        return self.job.samples
 
-    def end_to_end(self) -> None:
+    def end_to_end(self) -> int:
         for x, labels in self.loader:
             self._step(x.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
+        return self.job.samples
 
-    def score(self) -> None:
+    def score(self) -> int:
         self.net.eval()
         hits = 0
         with torch.no_grad():
             for x, labels in self.eval_loader:
                 hits += (self.net(x.to(self.device)).argmax(1) == labels.to(self.device)).sum().item()
         self.net.train()
+        return self.job.samples
 
     def _step(self, x: Tensor, labels: Tensor) -> float:
         loss = F.cross_entropy(self.net(x), labels)
@@ -129,11 +135,11 @@ def load(data_dir: Path | None) -> tuple[Tensor, Tensor]:
     return demo_shapes.draw_shapes("train", DRAWN)
 
 
-def timed(work: Callable[[], Any]) -> float:
-    """Seconds that `work` takes, on a GPU too."""
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds that `work` takes, on a GPU too, and what it returns."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     wait()
     start = time.perf_counter()
-    work()
+    result = work()
     wait()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, result

@@ -55,10 +55,17 @@ def test_both_sides_train_and_score_what_a_job_asks_for(side, small, monkeypatch
     mine = side(job())
     for method, steps in (("views", 0), ("train_steps", 2), ("end_to_end", 2), ("score", 0)):
         trained.clear()
-        getattr(mine, method)()
+        assert getattr(mine, method)() == job().samples, method
         assert len(trained) == steps, method
     net = mine.net if side is Baseline else mine.trainer.net
     assert net.training and net.bn1.num_batches_tracked == 4
+
+
+def test_one_core_makes_so_many_pil_views_at_most(small, monkeypatch):
+    monkeypatch.setattr(baseline, "PIL_VIEWS", 3)
+    made, mine = [], Baseline(job())
+    monkeypatch.setattr(mine.pictures, "transform", lambda picture: made.append(picture))
+    assert mine.views() == len(made) == 3
 
 
 def test_the_baselines_loader_delivers_the_recipes_views(small):
@@ -89,17 +96,15 @@ def test_sides_take_turns_and_the_first_does_not_count():
     asked = []
 
     class Side:
-        samples = 100
-
-        def __init__(self, name: str, seconds: list[float]) -> None:
-            self.name, self.seconds = name, iter(seconds)
+        def __init__(self, name: str, rates: list[float]) -> None:
+            self.name, self.rates = name, iter(rates)
 
         def ask(self, question, *arguments) -> float:
-            assert question is benchmark.Process.seconds and arguments == ("score", 1)
+            assert question is benchmark.Process.rate and arguments == ("score", 1)
             asked.append(self.name)
-            return next(self.seconds)
+            return next(self.rates)
 
-    two = [Side("usual", [9.0, 4.0, 5.0]), Side("this project", [9.0, 1.0, 2.0])]
+    two = [Side("usual", [11.0, 25.0, 20.0]), Side("this project", [11.0, 100.0, 50.0])]
     row = benchmark.take_turns("scoring", two, 2, "score", 1)
     assert asked == ["usual", "this project"] * 3
     assert row == {"name": "scoring", "usual": [25.0, 20.0], "this project": [100.0, 50.0], "ratios": [4.0, 2.5]}
@@ -125,10 +130,10 @@ def test_a_side_has_settled_when_it_gets_no_faster(rates, settled):
 @pytest.mark.parametrize("steps, least", [(1, 32), (2, 32), (5, 40), (100, 200)])
 def test_settling_takes_steps_enough_and_ends_though_it_never_settles(steps, least, monkeypatch):
     side = HereProcess(lambda _: None, job(steps=steps))
-    monkeypatch.setattr(benchmark.Process, "seconds", lambda method: 1.0)
+    monkeypatch.setattr(benchmark.Process, "rate", lambda method: 1.0)
     assert side.settle() == least
-    times = iter([1 / (1.1**n) for n in range(1000)])
-    monkeypatch.setattr(benchmark.Process, "seconds", lambda method: next(times))
+    rates = iter([1.1**n for n in range(1000)])
+    monkeypatch.setattr(benchmark.Process, "rate", lambda method: next(rates))
     assert 320 <= side.settle() < 320 + steps
 
 
@@ -183,7 +188,7 @@ class HereProcess(benchmark.Process):
     """A side in this process: what it is asked is asked the same way, without the seconds that a process costs."""
 
     def __init__(self, kind: type[Baseline] | type[ThisProject], job: Job) -> None:
-        self.samples, self.steps, self.side = job.samples, job.steps, kind(job)
+        self.steps, self.side = job.steps, kind(job)
 
     def __exit__(self, *_: object) -> None:
         pass
@@ -195,16 +200,16 @@ class HereProcess(benchmark.Process):
 
 def test_rows_are_of_what_their_names_say(monkeypatch):
     asked, before = [], torch.get_num_threads()
-    seconds = {"views": 1.0, "train_steps": 2.0, "end_to_end": 4.0, "score": 8.0, "matmul_tflops": 16.0}
+    images = {"views": 1.0, "train_steps": 2.0, "end_to_end": 4.0, "score": 8.0, "matmul_tflops": 16.0}
 
     class Side:
         def __init__(self, job: Job) -> None:
             pass
 
         def __getattr__(self, method: str):
-            return lambda: asked.append((method, torch.get_num_threads())) or seconds[method]
+            return lambda: asked.append((method, torch.get_num_threads())) or images[method]
 
-    fakes = {"Baseline": Side, "ThisProject": Side, "Process": HereProcess, "timed": lambda method: method()}
+    fakes = {"Baseline": Side, "ThisProject": Side, "Process": HereProcess, "timed": lambda method: (0.5, method())}
     for name, value in fakes.items():
         monkeypatch.setattr(benchmark, name, value)
     torch.set_num_threads(2)
@@ -216,7 +221,7 @@ def test_rows_are_of_what_their_names_say(monkeypatch):
     every = {"views": 1, "train_steps": 2, "end_to_end": 2, "score": 2, "matmul_tflops": 2}
     assert set(asked) == set(every.items())
     for row, method in zip(found["rows"], ("views", "train_steps", "end_to_end", "score"), strict=True):
-        assert {rate for side in benchmark.SIDES for rate in row[side]} == {job().samples / seconds[method]}
+        assert {rate for side in benchmark.SIDES for rate in row[side]} == {2 * images[method]}
     names = [row["name"].split()[0] for row in found["rows"]]
     assert names == ["views", "training", "end", "scoring"] and found["matmul_tflops"] == 16
     gflop = cost.step_gflop(build_network(SMALL, 10), 32)
@@ -227,7 +232,7 @@ def test_rows_are_of_what_their_names_say(monkeypatch):
 
 def test_a_side_answers_from_a_process_of_its_own():
     with benchmark.Process(ThisProject, job()) as side:
-        assert side.ask(benchmark.Process.seconds, "train_steps") > 0
+        assert side.ask(benchmark.Process.rate, "train_steps") > 0
         assert side.ask(os.getpid) != os.getpid()
         assert side.ask(benchmark.Process.peak_memory) > 2**26
         with pytest.raises(AttributeError, match="no attribute 'rest'"):
