@@ -64,7 +64,6 @@ def main(argv: list[str] | None = None) -> int:
     measured = []
     for point in points(recipe, args.size, args.batch):
         measured.append(measure(Job(recipe, runtime, args.data_dir, *point, steps), args.turns))
-        print("\n" + markdown(measured[-1]), flush=True)
     seconds = forecast(recipe, measured)
     if seconds:
         print(
@@ -240,23 +239,33 @@ def points(recipe: Recipe, size: int | None = None, batch: int | None = None) ->
 
 
 def measure(job: Job, turns: int) -> dict[str, Any]:
-    """Everything about one job, as plain values."""
+    """Everything about one job, as plain values; printed as a Markdown table, each row as soon as it is known."""
     needs = f"both sides, with batches of {job.batch} at {job.size} px; give a smaller --batch or --size"
     with errors.memory_reported(lambda: needs), contextlib.ExitStack() as stack:
         sides = [stack.enter_context(Process(kind, job)) for kind in (Baseline, ThisProject)]
+        print(f"\nwarming up at {job.size} px …\n", flush=True)
         settling = {name: side.settle() for name, side in zip(SIDES, sides, strict=True)}
         by_gpu = choose_device(job.runtime.device).type == "cuda"
         makers = "views, usual by one core, here by the GPU" if by_gpu else "views by one core"
-        rows = [take_turns(makers, sides, turns, "views", 1)]
-        rows.append(take_turns("training step", sides, turns, "train_steps"))
-        rows.append(take_turns("end to end", sides, turns, "end_to_end"))
+        print(heading(job.size, job.batch), flush=True)
+        rows = [printed(take_turns(makers, sides, turns, "views", 1))]
+        rows.append(printed(take_turns("training step", sides, turns, "train_steps")))
+        rows.append(printed(take_turns("end to end", sides, turns, "end_to_end")))
         memory = {name: side.ask(Process.peak_memory) for name, side in zip(SIDES, sides, strict=True)}
-        rows.append(take_turns(f"scoring at {job.eval_size} px", sides, turns, "score"))
+        rows.append(printed(take_turns(f"scoring at {job.eval_size} px", sides, turns, "score")))
         product = sides[1].ask(Process.call, "matmul_tflops")
     gflop = cost.step_gflop(build_network(job.recipe, CLASS_COUNT), job.size)
     tflops = {name: statistics.median(rows[1][name]) * gflop / 1e3 for name in SIDES}
     about = {"size": job.size, "batch": job.batch, "samples_a_turn": job.samples, "steps_to_settle": settling}
-    return {**about, "rows": rows, "step_tflops": tflops, "matmul_tflops": product, "peak_memory": memory}
+    point = {**about, "rows": rows, "step_tflops": tflops, "matmul_tflops": product, "peak_memory": memory}
+    print("\n" + footnote(point), flush=True)
+    return point
+
+
+def printed(row: dict[str, Any]) -> dict[str, Any]:
+    """The same row, once it has been printed."""
+    print(table_line(cells_of(row)), flush=True)
+    return row
 
 
 def take_turns(name: str, sides: list[Process], turns: int, *question: Any) -> dict[str, Any]:
@@ -276,20 +285,23 @@ def forecast(recipe: Recipe, measured: list[dict[str, Any]]) -> dict[str, float]
     return result
 
 
-def markdown(point: dict[str, Any]) -> str:
-    """One point as a Markdown table, with a line on arithmetic and memory."""
-    header = [
-        f"{point['size']} px, batch {point['batch']}",
-        "usual, images/s",
-        "this project, images/s",
-        "times faster",
-    ]
-    lines = [" | ".join(cells) for cells in (header, ["---", *["---:"] * 3], *map(cells_of, point["rows"]))]
+def heading(size: int, batch: int) -> str:
+    """A Markdown table's first two lines."""
+    names = [f"{size} px, batch {batch}", "usual, images/s", "this project, images/s", "times faster"]
+    return "\n".join(map(table_line, (names, ["---", *["---:"] * 3])))
+
+
+def table_line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def footnote(point: dict[str, Any]) -> str:
+    """A line on arithmetic and memory at one point."""
     product, peak = point["matmul_tflops"], point["peak_memory"]
     memory = [f"{peak[side] / 2**30:.2f}" for side in SIDES if peak[side] is not None]
     reached = {side: f"{tflops:.3g} ({tflops / product:.0%})" for side, tflops in point["step_tflops"].items()}
-    return "\n".join(f"| {line} |" for line in lines) + (
-        f"\n\nTFLOP/s of the step: usual {reached['usual']}, this project {reached['this project']}; "
+    return (
+        f"TFLOP/s of the step: usual {reached['usual']}, this project {reached['this project']}; "
         f"of a matrix product in this precision: {product:.3g}. "
         f"Peak memory: {' and '.join(memory) + ' GiB' if memory else 'not known here'}. "
         f"Steps to settle: {point['steps_to_settle']['usual']} and {point['steps_to_settle']['this project']}."

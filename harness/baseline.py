@@ -23,7 +23,7 @@ from recipes import Recipe, build_network
 CORES = usable_cores()
 CLASS_COUNT = len(data.CLASSES)
 DRAWN = 50  # pictures a class
-PIL_VIEWS = 1024  # at most in a turn: one core makes some hundreds a second
+PIL_VIEWS = 1024  # at most in a turn: one core makes a thousand or two a second
 
 
 class Job(NamedTuple):

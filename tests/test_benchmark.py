@@ -142,12 +142,10 @@ def test_a_row_shows_medians_and_the_spread_of_the_ratios():
     assert benchmark.cells_of(row) == ["a row", "20.0", "1,200", "100.0 (30.0 to 250.0)"]
 
 
-def test_the_table_is_markdown_with_arithmetic_and_memory():
-    lines = benchmark.markdown(point(70, [10.0], [50.0])).splitlines()
-    assert [line.count("|") for line in lines[:6]] == [5] * 6 and lines[6] == ""
-    assert lines[0] == "| 70 px, batch 8 | usual, images/s | this project, images/s | times faster |"
-    assert "usual 0.05 (6%), this project 0.4 (50%)" in lines[7] and "1.00 and 1.50 GiB" in lines[7]
-    assert lines[7].endswith("Steps to settle: 64 and 32.")
+def test_a_points_footnote_is_of_arithmetic_and_memory():
+    line = benchmark.footnote(point(70, [10.0], [50.0]))
+    assert "usual 0.05 (6%), this project 0.4 (50%)" in line and "1.00 and 1.50 GiB" in line
+    assert line.endswith("Steps to settle: 64 and 32.")
 
 
 def test_a_forecast_is_samples_over_the_end_to_end_rates():
@@ -198,7 +196,7 @@ class HereProcess(benchmark.Process):
         return question(*arguments)
 
 
-def test_rows_are_of_what_their_names_say(monkeypatch):
+def test_rows_are_of_what_their_names_say(monkeypatch, capsys):
     asked, before = [], torch.get_num_threads()
     images = {"views": 1.0, "train_steps": 2.0, "end_to_end": 4.0, "score": 8.0, "matmul_tflops": 16.0}
 
@@ -228,6 +226,12 @@ def test_rows_are_of_what_their_names_say(monkeypatch):
     for side in benchmark.SIDES:
         rate = statistics.median(found["rows"][1][side])
         assert found["step_tflops"][side] == pytest.approx(rate * gflop / 1e3, rel=1e-9)
+    _, warming, _, *table, _, footnote = capsys.readouterr().out.splitlines()  # a Markdown table, row by row
+    assert warming == "warming up at 32 px …" and footnote == benchmark.footnote(found)
+    assert table[0] == "| 32 px, batch 4 | usual, images/s | this project, images/s | times faster |"
+    assert table[1] == "| --- | ---: | ---: | ---: |"
+    assert table[2:] == [benchmark.table_line(benchmark.cells_of(row)) for row in found["rows"]]
+    assert table[3] == "| training step | 4.0 | 4.0 | 1.0 (1.0 to 1.0) |"
 
 
 def test_a_side_answers_from_a_process_of_its_own():
@@ -295,8 +299,8 @@ def test_what_cannot_be_written_is_said_before_anything_is_measured(small, tmp_p
 
 def test_memory_that_nobody_counts_is_no_figure():
     uncounted = point(70, [10.0], [50.0]) | {"peak_memory": {"usual": None, "this project": None}}
-    assert "Peak memory: not known here. Steps" in benchmark.markdown(uncounted)
-    assert "Peak memory: 1.00 and 1.50 GiB. Steps" in benchmark.markdown(point(70, [10.0], [50.0]))
+    assert "Peak memory: not known here. Steps" in benchmark.footnote(uncounted)
+    assert "Peak memory: 1.00 and 1.50 GiB. Steps" in benchmark.footnote(point(70, [10.0], [50.0]))
 
 
 def test_this_projects_side_works_at_the_sizes_of_the_job(small):
