@@ -20,7 +20,7 @@ from train import Trainer
 STAGE = Stage(epochs=4, crop_size=(32,), eval_size=32, batch=4, lr=0.05)
 IMAGES, EPOCHS = 24, 2
 RECIPE = {
-    "wide": dataclasses.replace(RECIPES["gpu"], layers=(1, 1, 1), planes=(8, 16, 16), average=0.9),
+    "wide": dataclasses.replace(RECIPES["cpu-night"], layers=(1, 1, 1), planes=(8, 16, 16), average=0.9),
     "bottleneck": dataclasses.replace(RECIPES["original"], layers=(1, 1, 1), planes=(4, 4, 8), average=0.9),
 }
 

@@ -41,7 +41,7 @@ every_form = pytest.mark.parametrize(
 
 SMALL = {
     name: dataclasses.replace(RECIPES[name], layers=(1, 1, 1), planes=planes, average=0.9)
-    for name, planes in (("original", (4, 4, 8)), ("cpu", (8, 16, 16)), ("cpu-long", (8, 16, 16)))
+    for name, planes in (("original", (4, 4, 8)), ("cpu", (8, 16, 16)), ("cpu-night", (8, 16, 16)))
 }
 PLAIN = Machine(torch.device("cpu"), torch.float32, compile=False)
 IMAGES = 16

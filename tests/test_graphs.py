@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 STAGE = Stage(epochs=2, crop_size=(32, 40), eval_size=32, batch=8, lr=0.05)
 IMAGES = 56
 SMALL = {
-    "wide": dataclasses.replace(RECIPES["gpu"], layers=(1, 1, 1), planes=(4, 8, 8), average=0.9),
+    "wide": dataclasses.replace(RECIPES["cpu-long"], layers=(1, 1, 1), planes=(4, 8, 8), average=0.9),
     "bottleneck": dataclasses.replace(RECIPES["original"], layers=(1, 1, 1), planes=(4, 4, 8), views_per_image=1),
 }
 

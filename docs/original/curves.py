@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draw the original's published curve and the one measured here into one picture.
 
-python3 docs/original/curves.py     # reads metrics.csv and scores.csv beside it, writes img/original-curves.png
+python3 docs/original/curves.py     # reads the CSV files beside it, writes img/original-curves.png
 """
 
 import csv
@@ -32,11 +32,15 @@ def rows(name: str) -> list[dict[str, str]]:
 def draw() -> Figure:
     figure = Figure(figsize=(8, 4.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    clean = [(int(row["epoch"]), 100 * float(row["val_accuracy"])) for row in rows("metrics.csv")]
+    clean = {
+        machine: [(int(row["epoch"]), 100 * float(row["val_accuracy"])) for row in rows(name)]
+        for machine, name in (("two CPU cores", "metrics.csv"), ("an H200", "metrics-h200.csv"))
+    }
     scored = [row for row in rows("scores.csv") if (row["protocol"], row["size"]) == ("original", "70")]
     theirs = {"color": GREY, "marker": "o", "ms": 4}
     axes.plot(*zip(*PUBLISHED.items(), strict=True), **theirs, label="the original, by its protocol (published)")
-    axes.plot(*zip(*clean, strict=True), color=BLUE, marker=".", label="here, clean images in eval mode, 96 px")
+    for (machine, points), style in zip(clean.items(), ({"marker": "."}, {"lw": 1, "ls": "--"}), strict=True):
+        axes.plot(*zip(*points, strict=True), color=BLUE, **style, label=f"here, clean images, 96 px, {machine}")
     points = [[float(row[key]) for row in scored] for key in ("epoch", "accuracy", "low", "high")]
     epochs, accuracy, low, high = points
     axes.vlines(epochs, low, high, color=ORANGE)
