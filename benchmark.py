@@ -166,7 +166,9 @@ class Process:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.pool.shutdown(cancel_futures=True)
+        with contextlib.suppress(BrokenProcessPool):
+            self.pool.submit(Process._end)
+        self.pool.shutdown()
 
     def ask(self, question: Callable[..., Any], *arguments: Any) -> Any:
         """The answer of one of the functions below. Raises what the side raises, RunError if it was ended."""
@@ -193,6 +195,10 @@ class Process:
     @staticmethod
     def _begin(kind: type[Baseline] | type[ThisProject], job: Job) -> None:
         Process._side = kind(job)
+
+    @staticmethod
+    def _end() -> None:
+        del Process._side  # ends its loaders' workers; at the process's own end PyTorch would wait seconds for each
 
     @staticmethod
     def rate(method: str, threads: int | None = None) -> float:

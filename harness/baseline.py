@@ -1,6 +1,7 @@
 """The usual training script, for benchmark.py to measure beside this project's way, and what both measure with."""
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ from harness.machine import LARGE_PAGES, choose_device, own_threads, usable_core
 from recipes import Recipe, build_network
 
 CORES = usable_cores()
+# As a script of its own would start workers. A process that was spawned would spawn them, too: each imports PyTorch.
+START_METHOD = "fork" if sys.platform == "linux" else None
 CLASS_COUNT = len(data.CLASSES)
 DRAWN = 50  # pictures a class
 PIL_VIEWS = 1024  # at most in a turn: one core makes a thousand or two a second
@@ -73,6 +76,7 @@ class Baseline:
         resize = transforms.Compose([transforms.Resize(job.eval_size), *to_tensor])
         self.pictures = Pictures(images, labels, views, job.samples)
         shared = {"num_workers": CORES, "persistent_workers": True, "pin_memory": self.device.type == "cuda"}
+        shared["multiprocessing_context"] = START_METHOD
         self.loader = DataLoader(self.pictures, job.batch, shuffle=True, drop_last=True, **shared)
         self.eval_loader = DataLoader(Pictures(images, labels, resize, job.samples), job.batch, **shared)
         self.net = build_network(job.recipe, CLASS_COUNT).to(self.device)

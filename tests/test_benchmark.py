@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import statistics
+import sys
 
 import pytest
 import torch
@@ -173,6 +175,19 @@ def test_the_baseline_has_a_lasting_worker_a_core(monkeypatch):
     mine = Baseline(job())  # whose workers begin when it is first iterated
     for loader in (mine.loader, mine.eval_loader):
         assert (loader.num_workers, loader.persistent_workers) == (2, True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere scripts spawn their workers, too")
+def test_a_spawned_sides_workers_are_forked_as_a_scripts_are_and_end_with_it(small):
+    benchmark.Process._side = mine = Baseline(job())
+    mine.end_to_end(), mine.score()
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2 * baseline.CORES
+    for loader in (mine.loader, mine.eval_loader):
+        assert loader.multiprocessing_context.get_start_method() == "fork"
+    del mine, loader
+    benchmark.Process._end()
+    assert not multiprocessing.active_children()
 
 
 def test_points_are_the_recipes_unless_others_are_asked_for():
