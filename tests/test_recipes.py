@@ -113,8 +113,9 @@ def test_a_network_over_the_budget_is_refused_with_the_way_out(planes):
 
 @pytest.mark.parametrize(
     "name, file",
-    [("cpu", "cpu-six-seed0.csv"), ("cpu-long", "cpu-long-112-seed0.csv"), ("cpu-night", "cpu-night-seed0.csv")],
-)
+    [("cpu", "cpu-six-seed0.csv"), ("cpu-long", "cpu-long-112-seed0.csv"), ("cpu-night", "cpu-night-seed0.csv"),
+     ("gpu", "gpu-seed0.csv")],
+)  # fmt: skip
 def test_a_recipe_is_that_of_its_recorded_run(name, file):
     """Its epochs and rates; and the share of right answers is one of whole samples."""
     with open(Path(__file__).parent.parent / "docs" / "runs" / file, newline="") as opened:
@@ -123,7 +124,7 @@ def test_a_recipe_is_that_of_its_recorded_run(name, file):
     (stage,) = recipe.stages
     assert len(rows) == recipe.epochs
     rates = [recipe.learning_rate(stage, epoch) for epoch in range(len(rows))]
-    assert rates == pytest.approx([float(row["lr"]) for row in rows], rel=1e-9)
+    assert rates == pytest.approx([float(row["lr"]) for row in rows], rel=1e-7)  # a GPU's are float32
     for row in rows:
         hits = float(row["train_accuracy"]) * recipe.samples(4_000, 1)
         assert hits == pytest.approx(round(hits), abs=1e-6)
@@ -132,7 +133,7 @@ def test_a_recipe_is_that_of_its_recorded_run(name, file):
 @pytest.mark.parametrize(
     "name, images, samples",
     [("original", 4_000, 35_200_000), ("cpu", 4_000, 223_744), ("cpu-long", 4_000, 1_920_000),
-     ("cpu-night", 4_000, 3_840_000), ("gpu", 4_000, 7_680_000), ("demo", 1_200, 18_432)],
+     ("cpu-night", 4_000, 3_840_000), ("gpu", 4_000, 3_840_000), ("demo", 1_200, 18_432)],
 )  # fmt: skip
 def test_recipes_have_their_published_number_of_samples(name, images, samples):
     assert RECIPES[name].samples(images, RECIPES[name].epochs) == samples
@@ -155,10 +156,10 @@ def test_the_nights_recipe_differs_from_the_longer_in_what_is_said():
 
 
 def test_the_gpus_recipe_differs_from_the_nights_in_what_is_said():
-    """More samples, larger ones, and a longer average."""
+    """Larger samples."""
     night, gpu = RECIPES["cpu-night"], RECIPES["gpu"]
-    stage = Stage(epochs=48, crop_size=(64, 80, 112, 112), eval_size=144, batch=128, lr=0.5)
-    assert gpu == dataclasses.replace(night, name="gpu", stages=(stage,), average=0.9995)
+    stage = Stage(epochs=24, crop_size=(64, 80, 112, 112), eval_size=144, batch=128, lr=0.5)
+    assert gpu == dataclasses.replace(night, name="gpu", stages=(stage,))
 
 
 def test_rates_of_restarts_are_those_of_the_recipes_own_cycles():
