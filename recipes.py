@@ -326,8 +326,8 @@ CPU_NIGHT = dataclasses.replace(
     views_per_image=40,
     average=0.999,
 )
-# cpu-night with larger crops, for one modern GPU. `train.py --recipe gpu`: 3.8 million samples, five and a half minutes
-# of an H200 that another run shared; 91.2 %, one seed. Two Zen 5 cores would take 3.5 hours (a forecast).
+# cpu-night with larger crops, for one modern GPU. `train.py --recipe gpu`: 3.8 million samples, five minutes of an H200
+# that another run shared; 91.2 %, one seed. Two Zen 5 cores would take 3.5 hours (a forecast).
 GPU = dataclasses.replace(
     CPU_NIGHT,
     name="gpu",
