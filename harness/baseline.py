@@ -26,7 +26,7 @@ CORES = usable_cores()
 START_METHOD = "fork" if sys.platform == "linux" else None
 CLASS_COUNT = len(data.CLASSES)
 DRAWN = 50  # pictures a class
-PIL_VIEWS = 1024  # at most in a turn: one core makes a thousand or two a second
+PIL_VIEWS = 1024  # at most in a turn: one core makes 700 to 2,000 a second
 
 
 class Job(NamedTuple):
@@ -75,8 +75,8 @@ class Baseline:
         views = transforms.Compose([*pil_views(job.recipe.augmentation, job.size), *to_tensor])
         resize = transforms.Compose([transforms.Resize(job.eval_size), *to_tensor])
         self.pictures = Pictures(images, labels, views, job.samples)
-        shared = {"num_workers": CORES, "persistent_workers": True, "pin_memory": self.device.type == "cuda"}
-        shared["multiprocessing_context"] = START_METHOD
+        workers = {"num_workers": CORES, "persistent_workers": True, "multiprocessing_context": START_METHOD}
+        shared = {"pin_memory": self.device.type == "cuda", **workers}
         self.loader = DataLoader(self.pictures, job.batch, shuffle=True, drop_last=True, **shared)
         self.eval_loader = DataLoader(Pictures(images, labels, resize, job.samples), job.batch, **shared)
         self.net = build_network(job.recipe, CLASS_COUNT).to(self.device)
