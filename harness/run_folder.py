@@ -262,8 +262,8 @@ class RunFolder:
         """Draw the first views of a stage, as the network will see them."""
         if not self.machine.leads:
             return
-        rows = self.machine.share_of_batch(0, self.recipe.stages[stage_index].batch)  # within which samples are mixed
-        batch = make_batch(images, labels, draws, 0, rows, size, self.recipe.augmentation)
+        share = self.machine.share_of_batch(0, self.recipe.stages[stage_index].batch)  # within which samples are mixed
+        batch = make_batch(images, labels, draws, 0, share, size, self.recipe.augmentation)
         heading = f"{self._title}, stage {stage_index + 1}: training views at {size} px"
         name = f"views-stage{stage_index + 1}.png"
         with self._forgiven_if_open(name):
