@@ -21,8 +21,8 @@ from harness import errors
 if __name__ == "__main__":
     errors.before_imports()  # which take seconds
 
-from harness import canvas, files, plots, text
-from harness.cli import expanded, file_path, png_path
+from harness import canvas, continuity, files, plots, text
+from harness.cli import expanded, file_path, idle_settings, png_path
 from harness.errors import RunError, reason
 from harness.metrics import interval
 from harness.run_folder import COLUMNS, best_row
@@ -177,7 +177,17 @@ def notes(runs: list[Run]) -> list[str]:
     if len(ways) > 1:
         listed = "; ".join(f"{size} px, --tta {tta}" for size, tta in ways)
         said.append(f"the last epochs are not scored alike ({listed}); evaluate.py with --size and --tta does so")
+    if differing := _differing_settings([run.recipe for run in runs]):
+        said.append(f"the runs differ in {'; '.join(differing)}")
     return said
+
+
+def _differing_settings(recipes: Sequence[Recipe]) -> list[str]:
+    """Settings that are not the same in all recipes and take effect in one, each with its values, but for the seeds."""
+    flat = [continuity.flat(recipe.as_dict()) for recipe in recipes]
+    idle = set.intersection(*(set(idle_settings(recipe)) for recipe in recipes)) | {"name", "seed"}
+    values = {name: list(dict.fromkeys(f"{each.get(name)}" for each in flat)) for each in flat for name in each}
+    return [f"{name}: {', '.join(told)}" for name, told in values.items() if len(told) > 1 and name not in idle]
 
 
 def _scoring(run: Run) -> tuple[int, str]:

@@ -216,6 +216,10 @@ def fold_indices(data_dir: Path, fold: int, count: int, specs: Specs = OFFICIAL)
 def _require(paths: Iterable[Path]) -> None:
     absent = [path for path in paths if _is_absent(path)]
     if absent:
+        outer, name = absent[0].parent.parent.absolute(), absent[0].name
+        if (outer / name).is_file():
+            right = f"give --data-dir {outer.parent}" if outer.name == FOLDER else f"move the files to {outer / FOLDER}"
+            raise RunError(f"{name} is in {outer} itself, but --data-dir names the folder above {FOLDER}/: {right}")
         names = " and ".join(path.name for path in absent)
         raise MissingFiles(
             f"{names} not found in {absent[0].parent}: name the folder that holds {FOLDER}/ with --data-dir, "

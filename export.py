@@ -117,7 +117,7 @@ def require_replaceable(path: Path, trained: TrainedNetwork) -> None:
     run = None if files.identity(path) == files.identity(trained.file) else _exported_run(path)
     if run != run_digest(trained.state()):
         what = "was not written by export.py" if run is None else "is not known to be of this run"
-        raise RunError(f"{path} is there and {what}; name another folder with --out")
+        raise RunError(f"{path} is there and {what}; remove it, or name another folder with --out")
 
 
 def _exported_run(path: Path) -> str | None:

@@ -22,7 +22,7 @@ TTA_HELP = "test-time augmentation; predictions are averaged over: " + "; ".join
 NO_LIMIT = 10**12  # parameters: a budget that holds nothing back
 MOST_VIEWS = 10_000
 OLD_NAMES = {"view": "augmentation", "views": "views_per_image"}  # of checkpoints of format 1
-# settings of older versions, each with the value that is today's behaviour
+# settings that are gone, each with the value that is today's behaviour
 RETIRED = {"mirrored": False, "mix_until": 1.0}
 
 
@@ -210,7 +210,6 @@ class Recipe:
         values = {OLD_NAMES.get(name, name): value for name, value in values.items()}
         if "mirror" in values:  # of format 1
             values["tta"] = "mirror" if values.pop("mirror") else "none"
-        values = {name: value for name, value in values.items() if (name, value) not in RETIRED.items()}
         values = old_rules(values) | values
         stages = tuple(Stage(**_known(Stage, stage)) for stage in values["stages"])
         augmentation = ViewOptions(**_known(ViewOptions, values["augmentation"]))
@@ -224,6 +223,7 @@ def old_rules(values: dict[str, Any]) -> dict[str, Any]:
 
 def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
     """Values for the fields of a dataclass, lists as tuples. Raises UnknownSettings for names that it lacks."""
+    values = {name: value for name, value in values.items() if (name, value) not in RETIRED.items()}
     unknown = sorted(values.keys() - kind.__dataclass_fields__.keys())
     if unknown:
         names = ", ".join(map(str, unknown))

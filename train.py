@@ -90,7 +90,10 @@ def fit(trainer: "Trainer", run: RunFolder, split: Split, runtime: Runtime, inte
 
 def begin_or_continue(trainer: "Trainer", run: RunFolder, split: Split, runtime: Runtime) -> None:
     """Put the trainer into the state that the run folder holds, if any; else start from --init, or from scratch."""
-    first, overwrite = None, runtime.overwrite and not distributed.restarted()
+    first, overwrite = None, runtime.overwrite
+    if overwrite and (restarter := distributed.restarted_by()):
+        print(f"{restarter} has started this command again, so --overwrite is left out and the run goes on")
+        overwrite = False
     if overwrite and run.recipe.init:
         first = checkpoint.take_weights(trainer.net, run.recipe.init)  # or refuse them, before anything is removed
     with distributed.leader_first():

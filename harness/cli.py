@@ -179,13 +179,15 @@ def parse_train(argv: list[str] | None = None) -> tuple[Recipe, Runtime]:
     chosen += [] if args.keys() & {"batch", "lr"} else ["batch"]  # a batch and its rate are chosen together
     args["teacher"] = tuple(expanded(args.get("teacher", ())))
     try:
+        args |= {"init": str(file_path(args["init"]))} if "init" in args else {}
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"--init: {error}")
+    try:
         recipe = recipes.replace(recipe, args)
         own = {name: value for name, value in args.items() if name in Runtime.__dataclass_fields__}
         runtime = Runtime(**own, by_default=tuple(chosen) if "images" in args else ())
     except ValueError as error:
         parser.error(_with_flag(str(error), args))
-    if not args.get("init", "-").strip():
-        parser.error("--init: a path is expected, not an empty word")
     if demo and runtime.images:
         parser.error("--demo draws its own pictures; for those of --images give --recipe demo")
     if recipe.fold is not None and (runtime.images or recipe.name == "demo"):
@@ -282,10 +284,15 @@ def _matches(path: Path) -> list[Path]:
 
 
 def file_path(text: str) -> Path:
-    """An argument's type: a path; an empty one is refused, as it would mean the current folder."""
+    """An argument's type: a path; an empty one is refused, as it would mean the current folder.
+
+    A ~ at its start is the home folder, also where no shell has replaced it, as in --out=~/run or on Windows.
+    """
     if not text.strip():
         raise argparse.ArgumentTypeError("a path is expected, not an empty word")
-    return Path(text)
+    if os.path.lexists(text):
+        return Path(text)
+    return Path(os.path.expanduser(text))
 
 
 def png_path(text: str) -> Path:

@@ -1,12 +1,15 @@
-"""Whether a run goes on as it was begun: with the same settings, images and classes."""
+"""Whether a run goes on as it was begun: with the same settings, images and classes, and under the same conditions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import files
+from harness import files, provenance
 from harness.cli import idle_settings
+from harness.machine import PRECISIONS, Machine
 from recipes import Recipe
+
+CONDITIONS = {"precision": "in {}", "processes": "by {} process(es)", "device": "with {}", "code": "with revision {}"}
 
 
 def changes(state: Mapping[str, Any], recipe: Recipe, images: Mapping[str, Any], classes: Sequence[str]) -> list[str]:
@@ -14,9 +17,9 @@ def changes(state: Mapping[str, Any], recipe: Recipe, images: Mapping[str, Any],
 
     `images` is a fingerprint (see `images.fingerprint`). Raises what `MISMATCH_ERRORS` lists for a state of no run.
     """
-    now = {**_flat(recipe.as_dict()), "images": images, "classes": list(classes)}
+    now = {**flat(recipe.as_dict()), "images": images, "classes": list(classes)}
     begun = Recipe.from_dict(state["recipe"]).as_dict()  # a setting that is newer than the state has its default
-    then = {**_flat(begun), "images": state["images"], "classes": state["classes"]}
+    then = {**flat(begun), "images": state["images"], "classes": state["classes"]}
     if now["init"] and then["init"] and files.identity(Path(now["init"])) == files.identity(Path(then["init"])):
         then["init"] = now["init"]  # one file by two paths
     then["teachers"] = sorted(then["teachers"])  # older runs kept the order in which they were named
@@ -27,7 +30,25 @@ def changes(state: Mapping[str, Any], recipe: Recipe, images: Mapping[str, Any],
     return [f"{name} was {then.get(name)}, now {now.get(name)}" for name in named]
 
 
-def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
+def conditions(machine: Machine) -> dict[str, Any]:
+    """What may be other when a run is continued, though it may change the result."""
+    return {
+        "precision": PRECISIONS[machine.precision],
+        "processes": machine.world,
+        "device": machine.device.type,
+        "code": provenance.revision(),  # asked before training: files may be edited while it goes on
+    }
+
+
+def other_conditions(state: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for each of the `conditions` that a checkpoint's state records and that is another one now."""
+    for name, words in CONDITIONS.items():
+        then = state.get(name)
+        if None not in (then, now[name]) and then != now[name]:
+            yield f"the run has been trained {words.format(then)} so far, and goes on {words.format(now[name])}"
+
+
+def flat(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe's values under one name each; tuples as lists, as they come back from JSON."""
     flat = {k: v for k, v in recipe.items() if k not in ("stages", "augmentation")} | recipe["augmentation"]
     for index, stage in enumerate(recipe["stages"]):

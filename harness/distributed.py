@@ -144,9 +144,10 @@ def leader_first() -> Iterator[None]:
     max_over_ranks(0)
 
 
-def restarted() -> bool:
-    """Whether torchrun has started this process again (--max-restarts), after some process of the group had failed."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+def restarted_by() -> str:
+    """What has started this command again: "torchrun" (--max-restarts), "SLURM" (a requeued job), or "" for neither."""
+    counts = {"torchrun": "TORCHELASTIC_RESTART_COUNT", "SLURM": "SLURM_RESTART_COUNT"}
+    return next((name for name, variable in counts.items() if os.environ.get(variable, "0") != "0"), "")
 
 
 def require_same(values: Mapping[str, Any]) -> None:

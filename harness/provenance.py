@@ -11,7 +11,7 @@ from typing import Any
 def as_dict() -> dict[str, Any]:
     """Versions of Python, of the packages that decide a result, and of this project where it is a git repository."""
     packages = {name: _version(name) for name in ("torch", "torchvision", "numpy", "matplotlib")}
-    return {"versions": {"python": platform.python_version(), **packages}, "git": _revision()}
+    return {"versions": {"python": platform.python_version(), **packages}, "git": revision()}
 
 
 def _version(package: str) -> str | None:
@@ -21,7 +21,8 @@ def _version(package: str) -> str | None:
     return None
 
 
-def _revision() -> str | None:
+def revision() -> str | None:
+    """This project's git revision, with "-dirty" if files differ from it; None where it is no git repository."""
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
     try:

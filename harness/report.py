@@ -174,9 +174,18 @@ def pairs(networks: Sequence[Evaluation], against: Sequence[Evaluation]) -> list
                 "networks_alone_right": ours_alone,
                 "against_alone_right": theirs_alone,
                 "p_value": metrics.mcnemar(ours_alone, theirs_alone),
+                **_gain(networks, against, index),
             }
         )
     return rows
+
+
+def _gain(networks: Sequence[Evaluation], against: Sequence[Evaluation], index: int) -> Entry:
+    """By how much networks are more accurate than those that they are compared with: mean and standard deviation."""
+    right = zip((each.right[index] for each in networks), (each.right[index] for each in against), strict=True)
+    gains = [(ours.double().mean() - theirs.double().mean()).item() for ours, theirs in right]
+    spread = {"standard_deviation": statistics.stdev(gains)} if len(gains) > 1 else {}
+    return {"difference": statistics.fmean(gains), **spread}
 
 
 def pairs_text(rows: Sequence[Entry]) -> str:
@@ -191,6 +200,11 @@ def pairs_text(rows: Sequence[Entry]) -> str:
             f"{ours} right on {row['networks_alone_right']} images where {theirs} wrong, the reverse "
             f"{row['against_alone_right']}, p = {row['p_value']:.2g} (McNemar's exact test at {row['size']} px)"
         )
+        if count > 1:
+            lines.append(
+                f"over these pairs accuracy differs by {row['difference']:+.1%} ± {row['standard_deviation']:.1%} "
+                "(mean and standard deviation)"
+            )
     if count > 1:
         lines.append("note: pairs that share images are not independent of each other, and p is too small then")
     return "\n".join(lines)

@@ -20,7 +20,7 @@ from augment import EpochDraws, make_batch
 from harness import checkpoint, continuity, files, ownership, plots, provenance, run_plots
 from harness.cli import Runtime
 from harness.errors import RunError
-from harness.machine import PRECISIONS, Machine
+from harness.machine import Machine
 from harness.metrics import interval
 from harness.tensorboard_log import TensorBoardLog
 from harness.text import duration, shortened
@@ -56,6 +56,7 @@ class RunFolder:
         self.rows: list[dict[str, Any]] = []
         self._tensorboard: TensorBoardLog | None = None
         self._drawn = time.monotonic()
+        self._conditions = continuity.conditions(machine)
         self._finished_before = False  # by an earlier process, whose machine the summary names
 
     @property
@@ -116,16 +117,9 @@ class RunFolder:
             state["recipe"] = self.recipe.as_dict()  # the same settings, under their present names
             self._write_derived(state)
             if self.epochs_done < self.recipe.epochs:
-                self._note_another_machine(state)
+                for sentence in continuity.other_conditions(state, self._conditions):
+                    self.machine.note(sentence)
         return state
-
-    def _note_another_machine(self, state: dict[str, Any]) -> None:
-        """Note a change of precision or number of processes since the run stopped; older states do not record them."""
-        now = self.machine.as_dict()
-        for name, words in (("precision", "in {}"), ("processes", "by {} process(es)")):
-            if state.get(name) not in (None, now[name]):
-                was, other = words.format(state[name]), words.format(now[name])
-                self.machine.note(f"the run has been trained {was} so far, and goes on {other}")
 
     def _keep_old_rules(self, state: dict[str, Any]) -> None:
         """Change the recipe where the state is older than a setting and has followed another rule than its default."""
@@ -209,13 +203,17 @@ class RunFolder:
             "images": self.images,
             "eval_size": self.recipe.stages[row["stage"] - 1].eval_size,
             "epoch": row["epoch"],
-            "precision": PRECISIONS[self.machine.precision],
-            "processes": self.machine.world,
             "notes": self.machine.notes,
             "rows": self.rows,
+            **self._conditions,
             **trained,
         }
-        checkpoint.commit(self.folder, state)
+        try:
+            checkpoint.commit(self.folder, state)
+        except RunError as error:
+            done = row["epoch"] - 1
+            way_out = f"; a copy of {self.folder}, given as --out, goes on after epoch {done}" if done else ""
+            raise RunError(f"{error}{way_out}") from error
         self._write_derived(state)
         print(
             f"epoch {row['epoch']}/{self.recipe.epochs}  train loss {row['train_loss']:.3f}"

@@ -109,6 +109,20 @@ def test_other_ways_of_scoring_are_told(tmp_path, capsys):
         assert "scored alike" not in capsys.readouterr().out
 
 
+def test_settings_that_differ_and_take_effect_are_told(tmp_path, capsys):
+    alike, other = make_run(tmp_path / "a", [0.5], warmup=0.1), make_run(tmp_path / "b", [0.6], seed=1)
+    assert run(alike, other) == 0
+    assert "differ in" not in capsys.readouterr().out  # in seeds, and in a warm-up that restarts do not have
+    views = dataclasses.replace(RECIPES["original"].augmentation, erase=0.5)
+    changed = make_run(tmp_path / "c", [0.5], label_smoothing=0.1, augmentation=views)
+    config = json.loads((changed / "config.json").read_text())
+    config["recipe"]["stages"][1]["lr"] = 0.25
+    (changed / "config.json").write_text(json.dumps(config))
+    assert run(alike, changed, other) == 0
+    told = "label_smoothing: 0.0, 0.1; erase: 0.0, 0.5; lr of stage 2: 0.0005, 0.25"
+    assert f"note: the runs differ in {told}\n" in capsys.readouterr().out
+
+
 def test_other_pictures_are_told(tmp_path, capsys):
     runs = [make_run(tmp_path / name, [0.5]) for name in "ab"]
     for folder, digit in zip(runs, "01", strict=True):

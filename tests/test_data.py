@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import re
 import threading
 from pathlib import Path
 
@@ -95,6 +96,17 @@ def test_missing_folders_count_as_missing_files(tmp_path, small):
     for data_dir in (tmp_path / "nowhere", tmp_path / "file"):
         with pytest.raises(data.MissingFiles, match=r"train_X.bin and train_y.bin not found in .*stl10_binary"):
             data.load(data_dir, "train", small)
+
+
+@pytest.mark.parametrize(
+    "name, told", [("stl10_binary", "give --data-dir {}"), ("stl", "move the files to {}/stl/stl10_")]
+)
+def test_the_folder_of_the_files_itself_is_no_data_dir(name, told, tmp_path, small):
+    """Else they would be fetched once more, into it."""
+    inner = (tmp_path / "stl10_binary").rename(tmp_path / name)
+    with pytest.raises(RunError, match=re.escape(told.format(tmp_path))) as caught:
+        data.load(inner, "train", small)
+    assert not isinstance(caught.value, data.MissingFiles)
 
 
 def flip_a_bit(content: bytes) -> bytes:

@@ -129,7 +129,7 @@ def test_a_file_is_known_by_its_run(exported: Exported, run: Path) -> None:
     trained = checkpoint.load_network(run)
     export.require_replaceable(exported.path, dataclasses.replace(trained, epoch=8))
     other = dataclasses.replace(trained, recipe=dataclasses.replace(trained.recipe, seed=1))
-    with pytest.raises(RunError, match="is not known to be of this run; name another folder with --out"):
+    with pytest.raises(RunError, match="is not known to be of this run; remove it, or name another folder with --out"):
         export.require_replaceable(exported.path, other)
 
 

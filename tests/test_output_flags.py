@@ -1,6 +1,7 @@
 """Outputs that a command line names: what may not be one ends with status 2, before anything is read or written."""
 
 import os
+from pathlib import Path
 
 import pytest
 from test_outputs import names
@@ -10,7 +11,7 @@ import evaluate
 import export
 import predict
 import train
-from harness import errors
+from harness import cli, errors
 
 
 def status_2(main, capsys: pytest.CaptureFixture, *words: object) -> str:
@@ -18,6 +19,18 @@ def status_2(main, capsys: pytest.CaptureFixture, *words: object) -> str:
         main([str(word) for word in words])
     assert stop.value.code == 2
     return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_tilde_is_the_home_folder_unless_it_is_a_name(tmp_path, monkeypatch) -> None:
+    """Shells leave it as it is after --flag=, and on Windows."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data-dir=~/data", "--init=~/first.pt", "--teacher", "~/a.pt", "~nobody-of-that-name/b.pt"]
+    recipe, runtime = cli.parse_train(flags)
+    home = Path.home()
+    assert (runtime.data_dir, recipe.init) == (home / "data", str(home / "first.pt"))
+    assert runtime.teacher == (home / "a.pt", Path("~nobody-of-that-name/b.pt"))
+    (tmp_path / "~").mkdir()
+    assert cli.parse_train(["--data-dir=~"])[1].data_dir == Path("~")
 
 
 @pytest.mark.parametrize("flag", ["csv", "json", "sheet"])

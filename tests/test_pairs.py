@@ -78,6 +78,7 @@ def test_two_networks_are_compared_the_second_against_the_first(tiny_runs, tmp_p
         assert row == {
             "networks": [str(second)], "against": [str(first)], "size": size, "images": 40,
             "networks_alone_right": own, "against_alone_right": reverse, "p_value": p_value,
+            "difference": pytest.approx((own - reverse) / 40),
         }  # fmt: skip
         sentence = f"{second} is right on {own} images where {first} is wrong, the reverse {reverse}, p = {p_value:.2g}"
         assert f"{sentence} (McNemar's exact test at {size} px)" in said
@@ -96,6 +97,10 @@ def test_pairs_are_pooled(tiny_runs, tmp_path, capsys) -> None:
     assert row["p_value"] == metrics.mcnemar(own, reverse)
     assert f"over 2 pairs the networks before --against are right on {own} images where those behind it are" in said
     assert "pairs that share images are not independent" in said
+    gains = [(own - reverse) / 40 for own, reverse in counts]
+    mean, deviation = sum(gains) / 2, abs(gains[0] - gains[1]) / 2**0.5
+    assert (row["difference"], row["standard_deviation"]) == (pytest.approx(mean), pytest.approx(deviation))
+    assert f"over these pairs accuracy differs by {mean:+.1%} ± {deviation:.1%} (mean and standard deviation)" in said
     for side, paths in ((report, names[0]), (report["against"], names[1])):
         assert [entry["name"] for entry in side["networks"]] == [str(path) for path in paths]
         assert side["over the networks"][0]["networks"] == 2

@@ -126,10 +126,11 @@ def test_what_is_found_and_chosen_is_said_and_stored(tmp_path, empty_plots, caps
     command += ["--epochs", "10", "15", "--max-minutes", "0.0001", "--out", str(tmp_path / "run")]
     assert train.main(command) == 3
     said = capsys.readouterr().out.splitlines()
-    assert said[:3] == [
+    assert said[:4] == [
         "3 classes; 24 pictures train + 6 validate: apple 4 + 1, leaf 4 + 1, sky 16 + 4",
         f"{MOST_PASSES // 25} views of each picture an epoch, {MOST_PASSES * 24:,} in all; --views sets another number",
         "the classes are unequal: --balance draws each equally often",
+        "always answering sky would be right on 66.7% of the pictures that validate",
     ]
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["recipe"]["views_per_image"] == MOST_PASSES // 25 and config["runtime"]["by_default"] == ["views"]

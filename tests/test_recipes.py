@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import recipes
 from augment import ViewOptions
 from data import AUGMENTATIONS
 from model import count_parameters
@@ -45,6 +46,17 @@ def test_a_recipe_says_whether_the_last_group_pools(name, side):
         net.groups.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(output.shape)))
         net(torch.zeros(1, 3, 64, 64))
     assert sizes == [(1, 224, side, side)]
+
+
+def test_a_setting_that_is_gone_is_read_where_it_was_off(monkeypatch):
+    monkeypatch.setattr(recipes, "RETIRED", {"mirrored": False, "blur": 0.0})
+    values = RECIPES["demo"].as_dict()
+    off = values | {"mirrored": False, "augmentation": values["augmentation"] | {"blur": 0.0}}
+    assert Recipe.from_dict(off) == RECIPES["demo"]
+    with pytest.raises(UnknownSettings, match=r"does not know \(mirrored\)"):
+        Recipe.from_dict(off | {"mirrored": True})
+    with pytest.raises(UnknownSettings, match=r"does not know \(blur\)"):
+        Recipe.from_dict(off | {"augmentation": values["augmentation"] | {"blur": 0.5}})
 
 
 def test_a_recipe_of_other_settings_is_refused():

@@ -17,7 +17,7 @@ from picture_folders import TINY, fill
 import evaluate
 import train
 from augment import denormalise, draw_epoch, make_batch
-from harness import checkpoint, cli, errors, files, plots, run_folder, run_plots
+from harness import checkpoint, cli, errors, files, plots, provenance, run_folder, run_plots
 from harness.demo_shapes import DEMO_CLASSES
 from harness.images import recorded_source
 from harness.machine import Machine
@@ -185,13 +185,45 @@ def test_the_plotted_rates_are_those_of_the_rows(schedule: str, tmp_path: Path, 
     assert rates == pytest.approx(expected, rel=1e-6)
 
 
-def test_another_number_of_processes_is_noted(run: Path, capsys) -> None:
+@pytest.mark.parametrize(
+    "name, other, told",
+    [
+        ("processes", 2, "by 2 process(es) so far, and goes on by 1 process(es)"),
+        ("device", "cuda", "with cuda so far, and goes on with cpu"),
+        ("code", "0a1b2c3d4e5f", "with revision 0a1b2c3d4e5f so far, and goes on with revision f00f"),
+    ],
+)
+def test_other_conditions_are_noted(name: str, other: object, told: str, run: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(provenance, "revision", lambda: "f00f")
     payload = checkpoint.load(run / "previous.pt")
-    assert payload["processes"] == 1
-    checkpoint.save(run / "last.pt", payload | {"processes": 2})
+    checkpoint.save(run / "last.pt", payload | {"code": "f00f", name: other})
     assert trained(run) == 0
-    assert "the run has been trained by 2 process(es) so far, and goes on by 1" in capsys.readouterr().out
-    assert "by 2 process(es)" in json.loads((run / "summary.json").read_text())["notes"][-1]
+    assert f"note: the run has been trained {told}\n" in capsys.readouterr().out
+    (noted,) = json.loads((run / "summary.json").read_text())["notes"]
+    assert noted.endswith(told) and checkpoint.load(run / "last.pt")["notes"] == [noted]
+
+
+def test_conditions_that_are_not_recorded_or_not_known_are_not_noted(run: Path, monkeypatch) -> None:
+    """Older runs have recorded fewer; what is no git repository has no revision."""
+    monkeypatch.setattr(provenance, "revision", lambda: None)
+    payload = checkpoint.load(run / "previous.pt")
+    checkpoint.save(run / "last.pt", {k: v for k, v in payload.items() if k != "device"} | {"code": "0a1b2c3d4e5f"})
+    assert trained(run) == 0
+    assert json.loads((run / "summary.json").read_text())["notes"] == []
+
+
+def test_a_requeued_job_goes_on_also_with_overwrite(tmp_path: Path, small_demo, empty_plots, monkeypatch, capsys):
+    """SLURM runs a requeued job's script again, with all flags in it, and counts how often."""
+    folder = tmp_path / "run"
+    assert trained(folder, "--overwrite", "--max-minutes", 1e-6) == 3
+    (first,) = checkpoint.load(folder / "last.pt")["rows"]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert trained(folder, "--overwrite") == 0
+    assert "SLURM has started this command again, so --overwrite is left out" in capsys.readouterr().out
+    assert checkpoint.load(folder / "last.pt")["rows"][0] == first  # its seconds too
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    assert trained(folder, "--overwrite") == 0
+    assert checkpoint.load(folder / "last.pt")["rows"][0]["seconds"] != first["seconds"]
 
 
 @pytest.mark.parametrize("seconds, drawn", [(0.0, [1, 2, 3, 4, 4]), (1e9, [4])])
