@@ -5,13 +5,13 @@ The ResNet's modules and parameters are named as in torchvision's, so that weigh
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import product
 
 import torch
 from torch import Tensor, nn
 
 PARAMETER_BUDGET = 2_000_000
+SMALLER_NETWORK = "give smaller --layers or --planes, or a larger --budget"
 SMALLEST_INPUT = 32
 NETWORKS = ("bottleneck", "wide")
 SLOPE = 0.1
@@ -31,15 +31,12 @@ def build_model(
     """
     if kind not in NETWORKS:
         raise ValueError(f"kind is one of {', '.join(NETWORKS)}, not {kind!r}")
-    network = WideNet if kind == "wide" else partial(ResNet, Bottleneck)
-    with torch.device("meta"):  # counted before any memory is asked for
-        parameters = count_parameters(network(layers, **options))
+    model = WideNet(layers, **options) if kind == "wide" else ResNet(Bottleneck, layers, **options)
+    parameters = count_parameters(model)
     if parameters > budget:
-        raise ValueError(
-            f"the network has {parameters:,} parameters, {parameters - budget:,} over the budget of {budget:,}: "
-            "give smaller --layers or --planes, or a larger --budget"
-        )
-    return network(layers, **options)
+        over = f"{parameters - budget:,} over the budget of {budget:,}"
+        raise ValueError(f"the network has {parameters:,} parameters, {over}: {SMALLER_NETWORK}")
+    return model
 
 
 class Bottleneck(nn.Module):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from augment import ViewOptions
 from data import AUGMENTATIONS, TUNE_FOLDS
-from model import NETWORKS, PARAMETER_BUDGET, ResNet, WideNet, build_model
+from model import NETWORKS, PARAMETER_BUDGET, SMALLER_NETWORK, ResNet, WideNet, build_model
 from scheduler import restart_rate, warmup_cosine_rate
 from settings import check_limits, option
 
@@ -260,6 +260,11 @@ def replace(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
 
 def build_network(recipe: Recipe, classes: int) -> ResNet | WideNet:
     """The network that a recipe describes. Raises ValueError where it is over the budget or cannot be built."""
+    least = sum(9 * blocks * width**2 for blocks, width in zip(recipe.layers, recipe.planes, strict=True))
+    if least > recipe.budget:  # in the 3×3 convolutions alone; checked before any memory is asked for
+        raise ValueError(
+            f"the network has over {least:,} parameters, more than the budget of {recipe.budget:,}: {SMALLER_NETWORK}"
+        )
     only_wide = {"cosine_stem": recipe.cosine_stem, "last_pool": recipe.last_pool} if recipe.network == "wide" else {}
     return build_model(
         recipe.layers,
