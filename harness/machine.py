@@ -222,10 +222,7 @@ def _why_no_cuda() -> tuple[str, bool]:
     if caught:
         return reason(caught[0].message), driver
     if not (torch.version.cuda or torch.version.hip):
-        return (
-            "this PyTorch was built without CUDA (pip uninstall torch, then a build with it: pytorch.org)",
-            driver,
-        )
+        return "PyTorch was built without CUDA (pip uninstall torch, then a build with it: pytorch.org)", driver
     return "PyTorch sees no CUDA device here", driver
 
 

@@ -61,11 +61,7 @@ def test_a_run_s_threads_are_not_those_of_the_next(restored, monkeypatch: pytest
     [
         (True, "12.6", "PyTorch sees 1 CUDA device"),
         (False, "12.6", "PyTorch sees no CUDA device here"),
-        (
-            False,
-            None,
-            r"this PyTorch was built without CUDA \(pip uninstall torch, then a build with it: pytorch.org\)",
-        ),
+        (False, None, r"PyTorch was built without CUDA \(pip uninstall torch, then a build with it: pytorch.org\)"),
     ],
 )
 def test_a_device_that_is_not_there_is_a_sentence(
