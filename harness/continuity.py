@@ -36,7 +36,7 @@ def conditions(machine: Machine) -> dict[str, Any]:
         "precision": PRECISIONS[machine.precision],
         "processes": machine.world,
         "device": machine.device.type,
-        "code": provenance.revision(),  # asked before training: files may be edited while it goes on
+        "code": provenance.revision(),
     }
 
 
@@ -50,10 +50,10 @@ def other_conditions(state: Mapping[str, Any], now: Mapping[str, Any]) -> Iterat
 
 def flat(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe's values under one name each; tuples as lists, as they come back from JSON."""
-    flat = {k: v for k, v in recipe.items() if k not in ("stages", "augmentation")} | recipe["augmentation"]
+    values = {k: v for k, v in recipe.items() if k not in ("stages", "augmentation")} | recipe["augmentation"]
     for index, stage in enumerate(recipe["stages"]):
-        flat |= {f"{k} of stage {index + 1}": v for k, v in stage.items()}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items()}
+        values |= {f"{k} of stage {index + 1}": v for k, v in stage.items()}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 def _in_words(images: Mapping[str, Any]) -> str:

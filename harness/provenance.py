@@ -1,6 +1,7 @@
 """Which code a run is of: its versions, as they stand in `config.json`."""
 
 import contextlib
+import functools
 import importlib.metadata
 import platform
 import subprocess
@@ -21,6 +22,7 @@ def _version(package: str) -> str | None:
     return None
 
 
+@functools.cache  # of the code as this process has loaded it: files may be edited while a run, or a notebook, goes on
 def revision() -> str | None:
     """This project's git revision, with "-dirty" if files differ from it; None where it is no git repository."""
     here = Path(__file__).parent
