@@ -64,6 +64,7 @@ def _server() -> subprocess.Popen:
 
 def serve() -> None:
     """Fork a process for each request on stdin, one after the other, and print how it ended, until stdin ends."""
+    errors.before_imports()  # as a command does: without it a bar's lock needs a process from Python 3.14 on
     torch.optim.SGD([torch.zeros(1)])  # the first optimiser loads a thousand modules
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(EOFError):
