@@ -4,7 +4,7 @@ All randomness of an epoch is drawn once, on the CPU (`draw_epoch`). Everything 
 those draws: the same draws give the same views on every device and in every batch, and a resumed run has no random
 state to restore. Nothing waits for the device: no constant is copied to it and no value is read back.
 
-`take_samples` and `augmented_batch` make what a training step takes: views, normalised, erased, mixed, in this order.
+`take_samples` and `augmented_batch` make a training step's input: views, normalised, erased and mixed, in this order.
 """
 
 import functools
@@ -58,8 +58,8 @@ class ViewOptions:
     brightness: float = option("multiply the brightness by a random factor in 1 ± X; 0: off", 0.3, low=0.0, high=100.0)
     contrast: float = option("multiply the contrast by a random factor in 1 ± X; 0: off", 0.3, low=0.0, high=100.0)
     saturation: float = option("multiply the saturation by a random factor in 1 ± X; 0: off", 0.3, low=0.0, high=100.0)
-    hue: float = option("largest shift of the hue, in turns of its circle", 0.3, low=0.0, high=0.5)
-    trivial_augment: bool = option("one more operation on each view, at a random strength: one of fourteen", False)
+    hue: float = option("largest shift of the hue, in turns of the colour circle", 0.3, low=0.0, high=0.5)
+    trivial_augment: bool = option("one more operation on each view, drawn from fourteen, at a random strength", False)
     erase: float = option("probability that a square patch is erased (cutout)", 0.0, low=0.0, high=1.0)
     erase_size: float = option("side of the erased patch, as a share of the view's side", 0.3, low=0.0, high=1.0)
     mixup: float = option("alpha of Mixup's Beta(alpha, alpha); 0: off", 0.0, low=0.0, high=1000.0)
@@ -76,7 +76,7 @@ class ViewOptions:
         for name in ("crop_scale", "crop_ratio"):
             limits = getattr(self, name)
             if len(limits) != 2 or limits[0] > limits[1]:
-                raise ValueError(f"{name} is two numbers, the smaller first, not {limits}")
+                raise ValueError(f"{name} must be two numbers, the smaller first, not {limits}")
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def draw_epoch(
     if options.mixes:
         alpha = np.where(uniforms[:, MIX_KIND] < _cutmix_probability(options), options.cutmix, options.mixup)
         share = np.where(rng.random(n) < options.mix_probability, rng.beta(alpha, alpha), 1).astype(np.float32)
-    if options.trivial_augment:  # drawn last: all that is drawn before is the same without
+    if options.trivial_augment:  # drawn last, so that all earlier draws are the same without it
         uniforms = np.concatenate([uniforms, rng.random((n, operations.COLUMNS), dtype=np.float32)], axis=1)
     return EpochDraws(torch.from_numpy(order), torch.from_numpy(uniforms), torch.from_numpy(share), colour_orders)
 
@@ -157,7 +157,7 @@ def view_parameters(uniforms: Tensor, height: int, width: int, options: ViewOpti
 
 @functools.cache
 def _whole_numbers(count: int, device: torch.device) -> Tensor:
-    """0 to `count` - 1, int64, made once: a captured step finds them there."""
+    """0 to `count` - 1, int64, made once, so that a captured step finds them in place."""
     return torch.arange(count, device=device)
 
 
@@ -312,12 +312,12 @@ class Samples(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a training step takes: normalised views and what they show, each possibly mixed from two images."""
+    """A training step's input: normalised views and their labels, each possibly mixed from two images."""
 
     x: Tensor  # float32 (B, 3, s, s)
     labels: Tensor  # int64 (B,)
     other_labels: Tensor  # int64 (B,), of the image mixed in
-    own_share: Tensor  # float32 (B,) in [0, 1]: how much of the view is the label's
+    own_share: Tensor  # float32 (B,) in [0, 1]: how much of the view belongs to `labels`
 
 
 def take_samples(images: Tensor, labels: Tensor, draws: EpochDraws, rows: slice) -> Samples:
@@ -349,5 +349,5 @@ def augmented_batch(
 def make_batch(
     images: Tensor, labels: Tensor, draws: EpochDraws, step: int, rows: slice, size: int, options: ViewOptions
 ) -> Batch:
-    """`take_samples` and `augmented_batch`, where no graph is captured: step `step`'s `rows`, as views of `size` px."""
+    """`take_samples`, then `augmented_batch`, without capturing graphs: step `step`'s `rows`, as views of `size` px."""
     return augmented_batch(*take_samples(images, labels, draws, rows), draws.colour_orders[step], size, options)

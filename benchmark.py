@@ -7,9 +7,9 @@
 
 Baseline is what a careful user writes: torchvision's transforms on one PIL image at a time, in as many persistent
 DataLoader workers as there are cores, float32 NCHW steps, and `.item()` at each of them. Each side has a process of its
-own, trains there until it gets no faster, and then both take turns, so that whatever else the machine does hits both
-alike. Rates are medians over the turns. The ratio is the median over pairs of neighbouring turns, given with the lowest
-and the highest.
+own, trains there until it gets no faster, and then both take turns, so that whatever else the machine does affects
+both alike. Rates are medians over the turns. The ratio is the median over pairs of neighbouring turns, given with the
+lowest and the highest.
 """
 
 import argparse
@@ -45,9 +45,9 @@ from train import Trainer
 
 SIDES = ("usual", "this project")
 SETTLING = 16  # steps whose median rate is compared with that of as many before
-SETTLED = 1.03  # times the rate before: less is no faster
+SETTLED = 1.03  # times the rate before: less does not count as faster
 LONGEST_SETTLING = 20 * SETTLING
-PRODUCT_SIDE = {"cuda": 8192, "cpu": 2048}  # of the square matrices whose product shows what a machine reaches
+PRODUCT_SIDE = {"cuda": 8192, "cpu": 2048}  # of the square matrices whose product shows what a machine can reach
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,8 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     seconds = forecast(recipe, measured)
     if seconds:
         print(
-            f"\nAt these end-to-end rates the recipe {recipe.name} trains on {TRAIN_IMAGES:,} images for "
-            f"{duration(seconds['this project'])}, in the usual way for {duration(seconds['usual'])}."
+            f"\nAt these end-to-end rates, training recipe {recipe.name} on {TRAIN_IMAGES:,} images takes "
+            f"{duration(seconds['this project'])}; the usual way takes {duration(seconds['usual'])}."
         )
     if args.json:
         about = {**machine.as_dict(), "cores": CORES, "torch": torch.__version__, "recipe": recipe.name}
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="benchmark.py",
-        description="Measure the usual training script's way and this project's in turns.",
+        description="Measure the usual training script and this project in turns.",
         allow_abbrev=False,
     )
     names = [name for name in RECIPES if name != "demo"]
@@ -88,13 +88,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--size", type=whole_number(32, 1024), metavar="N", help="crop size in px (default: the recipe's)"
     )
     parser.add_argument("--batch", type=whole_number(2, 65_536), metavar="N", help="batch size (default: the recipe's)")
-    parser.add_argument("--turns", type=whole_number(1, 1000), default=5, metavar="N", help="turns a side (default: 5)")
+    parser.add_argument("--turns", type=whole_number(1, 1000), default=5, metavar="N", help="turns each (default: 5)")
     steps = "batches per turn (default: 2, on CUDA 100)"
     parser.add_argument("--steps", type=whole_number(1, 100_000), metavar="N", help=steps)
     parser.add_argument(
-        "--data-dir", type=file_path, metavar="PATH", help="folder of stl10_binary (default: drawn pictures)"
+        "--data-dir", type=file_path, metavar="PATH", help="folder that holds stl10_binary (default: drawn pictures)"
     )
-    parser.add_argument("--json", type=file_path, metavar="FILE", help="write all figures, those of each turn too")
+    parser.add_argument("--json", type=file_path, metavar="FILE", help="write all figures, including each turn's")
     add_flags(parser, Runtime, (*MACHINE_FLAGS, "compile"), with_defaults=True)
     return parser
 
@@ -171,18 +171,17 @@ class Process:
         self.pool.shutdown()
 
     def ask(self, question: Callable[..., Any], *arguments: Any) -> Any:
-        """The answer of one of the functions below. Raises what the side raises, RunError if it was ended."""
+        """The answer from one of the functions below. Raises what the side raises, RunError if it was killed."""
         try:
             self.begun.result()
             return self.pool.submit(question, *arguments).result()
         except BrokenProcessPool as error:
             raise errors.RunError(
-                "a side of the benchmark was ended from outside, probably for want of memory; "
-                "give a smaller --batch or --size"
+                "one side of the benchmark was killed, probably for lack of memory; give a smaller --batch or --size"
             ) from error
 
     def settle(self) -> int:
-        """Train until it gets no faster, and say how many steps that took.
+        """Train until it gets no faster, and return how many steps that took.
 
         In its first steps a process asks for fresh memory, which costs more than the arithmetic; it takes dozens of
         steps until the allocator mostly reuses what it has.
@@ -198,11 +197,11 @@ class Process:
 
     @staticmethod
     def _end() -> None:
-        del Process._side  # ends its loaders' workers; at the process's own end PyTorch would wait seconds for each
+        del Process._side  # ends its loaders' workers; on exiting, PyTorch would wait seconds for each
 
     @staticmethod
     def rate(method: str, threads: int | None = None) -> float:
-        """Images a second in one call of a side's method, on so many threads if given."""
+        """Images a second in one call of a side's method, on `threads` threads if given."""
         before = torch.get_num_threads()
         torch.set_num_threads(threads or before)
         try:
@@ -237,7 +236,7 @@ def settled(rates: list[float], turns: int) -> bool:
 
 
 def points(recipe: Recipe, size: int | None = None, batch: int | None = None) -> list[tuple[int, int, int]]:
-    """(size, batch, eval size) of a recipe's training, each once; only one, of `size` px, where that is given."""
+    """(size, batch, eval size) of a recipe's training, each once; only one, of `size` px, if that is given."""
     found = [(side, batch or stage.batch, stage.eval_size) for stage in recipe.stages for side in stage.crop_size]
     if size:  # as in the stage that has it, else as in the first
         return [next((point for point in found if point[0] == size), (size, *found[0][1:]))]
@@ -245,7 +244,7 @@ def points(recipe: Recipe, size: int | None = None, batch: int | None = None) ->
 
 
 def measure(job: Job, turns: int) -> dict[str, Any]:
-    """Everything about one job, as plain values; printed as a Markdown table, each row as soon as it is known."""
+    """All figures for one job, as plain values; printed as a Markdown table, each row as soon as it is known."""
     needs = f"both sides, with batches of {job.batch} at {job.size} px; give a smaller --batch or --size"
     with errors.memory_reported(lambda: needs), contextlib.ExitStack() as stack:
         sides = [stack.enter_context(Process(kind, job)) for kind in (Baseline, ThisProject)]
@@ -282,7 +281,7 @@ def take_turns(name: str, sides: list[Process], turns: int, *question: Any) -> d
 
 
 def forecast(recipe: Recipe, measured: list[dict[str, Any]]) -> dict[str, float]:
-    """Seconds of training that the recipe takes at either side's rates; empty where a size was not measured."""
+    """Seconds of training that the recipe takes at each side's rates; empty where a size was not measured."""
     result = {}
     for side in SIDES:
         rates = {point["size"]: statistics.median(point["rows"][2][side]) for point in measured}

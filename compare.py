@@ -42,7 +42,7 @@ class Run(NamedTuple):
 
 
 class NoRun(RunError):
-    """Something that is no run folder, among those that are."""
+    """A path that is not a run folder, among those that are."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,9 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def gather(named: Sequence[Path]) -> tuple[list[Run], bool]:
-    """The runs among what is named, each once, and whether one could not be read; what is passed over goes to stderr.
+    """The runs among the named paths, each once, and whether one could not be read; skipped paths go to stderr.
 
-    Raises RunError where no run is left.
+    Raises RunError if there are no runs among them.
     """
     runs, skipped, broken = {}, [], False
     for path in expanded(named):
@@ -108,7 +108,7 @@ def gather(named: Sequence[Path]) -> tuple[list[Run], bool]:
 
 
 def read(folder: Path) -> Run:
-    """A run, as its `config.json` and `metrics.csv` give it; the latter is missing before the first epoch ends.
+    """A run, as its `config.json` and `metrics.csv` record it; the latter is missing before the first epoch ends.
 
     Raises NoRun where there is no `config.json`, RunError where one of the two cannot be used.
     """
@@ -122,7 +122,7 @@ def read(folder: Path) -> Run:
         samples = recipe.samples(images["train"], len(rows))
         return Run(folder, recipe, images, config.get("parameters"), rows, samples)
     except (FileNotFoundError, NotADirectoryError):
-        raise NoRun(f"{folder} is no run folder") from None
+        raise NoRun(f"{folder} is not a run folder") from None
     except OSError as error:
         raise RunError(f"{folder} cannot be read: {error.filename}: {reason(error)}") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -139,7 +139,7 @@ def _number(text: str, column: str) -> float | None:
 
 
 def table(names: list[str], runs: list[Run]) -> str:
-    """One line a run: settings, progress, accuracy (best, and last with its 95% interval) and cost."""
+    """One line per run: settings, progress, accuracy (best, and last with its 95% interval) and cost."""
     header = ("run", "recipe", "seed", "epochs", "best val", "last val (95% interval)", "time", "samples", "parameters")
     lines = []
     for name, run in zip(names, runs, strict=True):
@@ -166,8 +166,8 @@ def _with_interval(accuracy: float, images: int) -> str:
 
 
 def notes(runs: list[Run]) -> list[str]:
-    """What the reader of the table must know."""
-    said = ["the best val accuracy is selected on the very images that it is of; the last is not"]
+    """What the reader of the table needs to know."""
+    said = ["the best val accuracy is selected on the same images that it is measured on; the last is not"]
     validated = {
         repr((run.recipe.name == "demo", run.images, run.recipe.tune_fold, *_validating(run.recipe))) for run in runs
     }
@@ -176,14 +176,14 @@ def notes(runs: list[Run]) -> list[str]:
     ways = list(dict.fromkeys(_scoring(run) for run in runs if run.rows and best_row(run.rows)))
     if len(ways) > 1:
         listed = "; ".join(f"{size} px, --tta {tta}" for size, tta in ways)
-        said.append(f"the last epochs are not scored alike ({listed}); evaluate.py with --size and --tta does so")
+        said.append(f"the last epochs are not scored the same way ({listed}); use evaluate.py with --size and --tta")
     if differing := _differing_settings([run.recipe for run in runs]):
         said.append(f"the runs differ in {'; '.join(differing)}")
     return said
 
 
 def _differing_settings(recipes: Sequence[Recipe]) -> list[str]:
-    """Settings that are not the same in all recipes and take effect in one, each with its values, but for the seeds."""
+    """Settings other than seeds that differ between recipes and have an effect in one, each with its values."""
     flat = [continuity.flat(recipe.as_dict()) for recipe in recipes]
     idle = set.intersection(*(set(idle_settings(recipe)) for recipe in recipes)) | {"name", "seed"}
     values = {name: list(dict.fromkeys(f"{each.get(name)}" for each in flat)) for each in flat for name in each}
@@ -191,7 +191,7 @@ def _differing_settings(recipes: Sequence[Recipe]) -> list[str]:
 
 
 def _scoring(run: Run) -> tuple[int, str]:
-    """Size and TTA by which a run's last epoch so far was scored."""
+    """Size and TTA with which a run's last epoch so far was scored."""
     epoch = run.recipe.at(min(len(run.rows), run.recipe.epochs) - 1)
     return epoch.stage.eval_size, epoch.tta
 

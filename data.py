@@ -1,8 +1,8 @@
 """STL-10 from its own files: find them, check them, read them, split them.
 
 The files lie in `DIR/stl10_binary/`, as the official archive lays them out (https://cs.stanford.edu/~acoates/stl10).
-Every file is read once and its size and MD5 are checked on the very bytes that are used. What the files should be is an
-argument (`specs`), so that the demo and the tests use the same code with their own files.
+Every file is read once and its size and MD5 are checked on the very bytes that are used. The expected sizes and MD5s
+are an argument (`specs`), so that the demo and the tests use the same code with their own files.
 """
 
 import dataclasses
@@ -24,10 +24,10 @@ from harness.errors import RunError, reason
 
 FOLDER = "stl10_binary"
 FOLDS_FILE = "fold_indices.txt"
-TUNE_FOLDS = 5  # into which `tune_indices` parts the training images
+TUNE_FOLDS = 5  # into which `tune_indices` splits the training images
 SIDE = 96  # pixels
 IMAGE_BYTES = 3 * SIDE * SIDE
-TRAIN_IMAGES = 4000  # of the 5,000, by the default split: what the recipes' views are set for
+TRAIN_IMAGES = 4000  # of the 5,000, in the default split: the number that the recipes' views are chosen for
 CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")  # label 1 first
 
 # Augmentations by name: the original project's views, milder ones, and stronger ones with CutMix for runs that would
@@ -127,12 +127,12 @@ def read_file(path: Path, spec: FileSpec) -> bytearray:
         raise RunError(f"{path} has {size:,} bytes, expected {spec.bytes:,}: {way_out}")
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if md5 != spec.md5:
-        raise RunError(f"{path} is damaged or another file (MD5 {md5}, expected {spec.md5}): {way_out}")
+        raise RunError(f"{path} is damaged or a different file (MD5 {md5}, expected {spec.md5}): {way_out}")
     return content
 
 
 def split_indices(labels: Tensor | Sequence[int], seed: int = 1337, val_fraction: float = 0.2) -> tuple[Tensor, Tensor]:
-    """Stratified split of (N,) labels into (train, val): int64 indices, ascending; 400 + 100 a class on STL-10.
+    """Stratified split of (N,) labels into (train, val): int64 indices, ascending; 400 + 100 per class on STL-10.
 
     The default seed gives the original project's 1,000 validation images. Its rule, kept exactly: the images of a class
     are called "{index}.bmp", sorted as strings and shuffled by a generator that starts afresh for every class; the
@@ -148,7 +148,7 @@ def split_indices(labels: Tensor | Sequence[int], seed: int = 1337, val_fraction
     train, val = [], []
     for label, indices in members.items():
         if len(indices) < 2:
-            raise ValueError(f"class {label} has one image only: a split into train and val needs two")
+            raise ValueError(f"class {label} has only one image: a split into train and val needs two")
         indices.sort(key=lambda index: f"{index}.bmp")
         random.Random(seed).shuffle(indices)
         val_count = min(max(round(len(indices) * val_fraction), 1), len(indices) - 1)
@@ -160,7 +160,7 @@ def split_indices(labels: Tensor | Sequence[int], seed: int = 1337, val_fraction
 def tune_indices(labels: Tensor, train: Tensor, fold: int) -> tuple[Tensor, Tensor]:
     """Split the training images once more, to choose settings by: (train, val), int64, ascending indices.
 
-    The members of each class in `train` are taken in ascending order, and every fifth of them validates, starting at
+    The members of each class in `train` are taken in ascending order, and every fifth one validates, starting at
     number `fold` (0 … TUNE_FOLDS - 1). So over all folds each training image validates once, and no others ever do.
     `labels`: of all images, int64 (N,). Raises ValueError for a fold out of range, or a class of fewer than five.
     """

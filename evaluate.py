@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out or default_folder(args, networks)
     for network in everyone:
         refuse_among_pictures(parser, out, recorded_source(network.file, args.data_dir, args.images).images)
-    if not args.out and len(everyone) > 1:  # one alone has a folder of its own
+    if not args.out and len(everyone) > 1:  # a single network has a folder of its own
         ownership.require_own_report(out, everyone)
     if args.split == "test":
         scoring_ledger.warn(dict.fromkeys(network.file.parent for network in everyone))
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
             for members in [side] if args.ensemble else [[network] for network in side]:
                 evaluation, scored = evaluate(members, args, machine)
                 if args.split == "test":
-                    note_scoring(members, evaluation)  # or it is not shown: nobody is to lose count
+                    note_scoring(members, evaluation)  # or it is not shown: no scoring may go uncounted
                 evaluations.append(evaluation)
             if len({(averaged_over(each.recipe), each.classes, each.images.get("digest")) for each in side}) > 1:
                 print("warning: these networks differ in more than their seeds and splits", file=sys.stderr)
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         wrong_pair = None
         try:
             pairs = compare(evaluated, args)
-        except RunError as error:  # costs the pairs alone
+        except RunError as error:  # costs only the pairs
             wrong_pair = error
         whole |= {"pairs": pairs} if pairs else {}
         whole["pictures"] = report.pictures(entries[0]) if drawn else []
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
             report.draw(out, entries[0], networks[0].classes, *scored)
         if wrong_pair:
             raise wrong_pair
-    finally:  # neither a network that fails nor a full disk may cost the tables, nor a closed terminal the report
+    finally:  # a failing network or a full disk must not cost the tables, nor a closed terminal the report
         scored_sides = entries_of(evaluated)
         if scored_sides:
             print(report.text(*scored_sides))
@@ -180,25 +180,25 @@ def build_parser() -> argparse.ArgumentParser:
 def checkpoints_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[list[Path]]:
     """The checkpoint files that are meant, and those to compare them with, if any.
 
-    Options that exclude each other end the process with status 2.
+    Options that cannot be combined end the process with status 2.
     """
     if args.protocol == "original":
         excluded = {"ensemble": args.ensemble, "tta": args.tta, "split test": args.split == "test"}
         for flag, used in (excluded | {"against": args.against}).items():
             if used:
-                parser.error(f"--protocol original and --{flag} exclude each other")
+                parser.error(f"--protocol original and --{flag} cannot be combined")
     if args.size and len(args.size) > 1 and (args.protocol == "original" or args.split == "test"):
         parser.error("several sizes are compared on clean val images only: the test images choose nothing")
     args.size = sorted(set(args.size)) if args.size else [None]
     args.networks, args.against = expanded(args.networks), expanded(args.against)
-    if not (args.against or args.ensemble or args.split == "test"):  # where each one counts, each one is meant
+    if not (args.against or args.ensemble or args.split == "test"):  # there every path counts, so none is skipped
         args.networks = networks_among(args.networks)
     refuse_idle_best(parser, args.best, [*args.networks, *args.against])
     sides = [side for side in (args.networks, args.against) if side]
     if args.ensemble and any(len(side) < 2 for side in sides):
-        parser.error("--ensemble takes two networks or more")
+        parser.error("--ensemble needs at least two networks")
     if args.against and not args.ensemble and len(args.against) != len(args.networks):
-        parser.error(f"--against takes as many networks as stand before it, {len(args.networks)}: pairs are compared")
+        parser.error(f"--against takes as many networks as come before it, {len(args.networks)}: pairs are compared")
     paths = [[checkpoint.weights_file(path, args.best) for path in side] for side in sides]
     known: dict[object, Path] = {}
     for path in (path for side in paths for path in side):
@@ -209,9 +209,9 @@ def checkpoints_of(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 
 
 def networks_among(paths: list[Path]) -> list[Path]:
-    """Of several paths those that may be networks: as in runs/*, where evaluations and plots lie beside the runs.
+    """Those of several paths that may be networks: in runs/*, evaluations and plots lie beside the runs.
 
-    What is passed over is named on stderr. What does not exist stays, as it is no part of a pattern's matches.
+    Skipped paths are named on stderr. A path that does not exist stays, as no pattern can have matched it.
     """
     others = [path for path in paths if os.path.exists(path) and not may_be_network(path)]
     if len(others) == len(paths):  # the first one's error will say what is wrong
@@ -227,7 +227,7 @@ def may_be_network(path: Path) -> bool:
 
 
 def default_folder(args: argparse.Namespace, networks: list[TrainedNetwork]) -> Path:
-    """Within the run folder for one network, beside it for several; the name tells what was scored, and how."""
+    """Within the run folder for one network, beside it for several; the name says what was scored, and how."""
     file = networks[0].file
     parts = ["evaluation", args.split] + ([] if file.name == "last.pt" else [file.stem])
     parts += ["ensemble"] if args.ensemble else []
@@ -237,7 +237,7 @@ def default_folder(args: argparse.Namespace, networks: list[TrainedNetwork]) -> 
 
 
 def averaged_over(recipe: Recipe) -> Recipe:
-    """A recipe without what may differ in a mean: seeds, splits, and its teachers, which follow from the split."""
+    """A recipe without what may differ within a mean: seeds, splits, and its teachers, which follow from the split."""
     teachers = ("any",) * len(recipe.teachers)
     return dataclasses.replace(recipe, seed=0, split_seed=0, fold=None, tune_fold=None, teachers=teachers)
 
@@ -258,14 +258,14 @@ def compare(sides: list[list[Evaluation]], args: argparse.Namespace) -> list[dic
             if not args.against:
                 return []
             raise RunError(
-                f"{own.entry['name']} and {baseline.entry['name']} were not scored on the same images, so they are no "
-                "pair; --against takes the networks in the order of those before it"
+                f"{own.entry['name']} and {baseline.entry['name']} were not scored on the same images, so they are not "
+                "a pair; --against takes its networks in the same order as those before it"
             )
     return report.pairs(ours, baselines)
 
 
 def evaluate(members: list[TrainedNetwork], args: argparse.Namespace, machine: Machine) -> tuple[Evaluation, Scored]:
-    """Score one network, or several as one, at each size: what is reported, and the scores that are drawn."""
+    """Score one network, or several as one, at each size: the figures to report, and the scores to draw."""
     for member in members:
         member.model.to(machine.device)
     images, labels = images_of(members, args)
@@ -302,8 +302,8 @@ def images_of(members: list[TrainedNetwork], args: argparse.Namespace) -> tuple[
         same_classes = member.classes == members[0].classes
         if not (same_classes and torch.equal(other_labels, labels) and torch.equal(others, images)):
             raise RunError(
-                f"{members[0].file} and {member.file} have not the same {args.split} images, so that an ensemble of "
-                "them would be scored on what one of them has learnt"
+                f"{members[0].file} and {member.file} do not have the same {args.split} images, so an ensemble "
+                "would be scored on images that one of them was trained on"
             )
     return images, labels
 
@@ -321,7 +321,7 @@ def split_of(member: TrainedNetwork, args: argparse.Namespace) -> tuple[Tensor, 
     except data.MissingFiles as error:
         raise RunError(
             f"the test images are missing: test_X.bin and test_y.bin of the official archive belong in "
-            f"{source.data_dir / data.FOLDER} (or see --data-dir); where the training files are missing too, "
+            f"{source.data_dir / data.FOLDER} (or see --data-dir); if the training files are missing too, "
             "evaluate.py without --split test fetches all four"
         ) from error
     return dataset.images, dataset.labels
@@ -330,7 +330,7 @@ def split_of(member: TrainedNetwork, args: argparse.Namespace) -> tuple[Tensor, 
 def score_clean(
     members: list[TrainedNetwork], images: Tensor, size: int | None, tta: str | None, machine: Machine
 ) -> tuple[dict[str, Any], Tensor]:
-    """How the images were scored, and their logits (N, K); where `size` or `tta` is None, by each member's own."""
+    """How the images were scored, and their logits (N, K); where `size` or `tta` is None, each member's own is used."""
     sizes = [size or member.eval_size for member in members]
     kinds = [tta or member.recipe.tta for member in members]
     scores = []

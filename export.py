@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Take a trained network elsewhere: ONNX, torch.export, or half-precision weights to be passed on.
+"""Take a trained network elsewhere: ONNX, torch.export, or half-precision weights to pass on.
 
     python3 export.py runs/cpu-seed0                        # model.pt2 (torch.export), in the run folder
     python3 export.py runs/cpu-seed0 --format onnx          # model.onnx; needs onnx, onnxruntime and onnxscript
-    python3 export.py last.pt --format weights              # model.pt, of half the size, for this project's commands
+    python3 export.py last.pt --format weights              # model.pt, half the size, for this project's commands
 
-Both exchange formats take RGB pixels from 0 to 255 as float32 (N, 3, H, W), of any number and any size from 32 px, and
+Both exchange formats take RGB pixels from 0 to 255 as float32 (N, 3, H, W), any number of any size from 32 px, and
 give logits (N, classes): the normalisation is inside, the resizing is not. (Exported by PyTorch 2.11 they take only
 sizes that halve as the run's eval size does: multiples of eight for the recipes here.) Each file is loaded back and
-compared with the network that it was made of before it gets its name.
+compared with the network that it came from before it gets its name.
 """
 
 import argparse
@@ -111,17 +111,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def require_replaceable(path: Path, trained: TrainedNetwork) -> None:
-    """Raise RunError if a file is there that is no export of the same run, or the very checkpoint that is exported."""
+    """Raise RunError if a file exists that is not an export of the same run, or is the very checkpoint to export."""
     if not path.exists():
         return
     run = None if files.identity(path) == files.identity(trained.file) else _exported_run(path)
     if run != run_digest(trained.state()):
-        what = "was not written by export.py" if run is None else "is not known to be of this run"
-        raise RunError(f"{path} is there and {what}; remove it, or name another folder with --out")
+        what = "was not written by export.py" if run is None else "is not known to be from this run"
+        raise RunError(f"{path} exists and {what}; remove it, or name another folder with --out")
 
 
 def _exported_run(path: Path) -> str | None:
-    """The `run_digest` of the run whose export a file is; "" if the file does not say, None if it is no export."""
+    """The `run_digest` of the run whose export a file is; "" if the file does not say, None if it is not an export."""
     try:
         content = path.read_bytes()
         if INPUT.encode() in content:
@@ -135,7 +135,7 @@ def _exported_run(path: Path) -> str | None:
 
 
 def run_digest(state: Mapping[str, Any]) -> str:
-    """What tells runs apart, from a checkpoint's values: 16 hex digits over recipe, classes and images."""
+    """A digest that tells runs apart, from a checkpoint's values: 16 hex digits over recipe, classes and images."""
     values = [Recipe.from_dict(state["recipe"]).as_dict(), state["classes"], state["images"]]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -148,7 +148,7 @@ def sample(trained: TrainedNetwork, source: Source, required: bool) -> tuple[Ten
         if required:
             raise
         drawn, _ = demo_shapes.draw_shapes("test", 1)
-        return drawn[: max(COUNTS)], "pictures drawn by the program, as the run's are not here"
+        return drawn[: max(COUNTS)], "pictures drawn by the program, as the run's are missing"
     kind, indices = ("validation", val) if len(val) else ("training", train)
     return dataset.images[indices[: max(COUNTS)]], f"{kind} images of the run"
 
@@ -162,7 +162,7 @@ def export(trained: TrainedNetwork, name: str, out: Path, images: Tensor, sizes:
             form.write(trained, temporary)
             difference, largest = compare(form.read(temporary), trained.model, images, sizes)
         result = f"largest difference {difference:.1e} of logits up to {largest:.1f}"
-        if not difference <= form.tolerance * max(1.0, largest):  # nan is refused as well
+        if not difference <= form.tolerance * max(1.0, largest):  # nan is refused too
             raise RunError(f"{path} was not written, as it does not agree with the network: {result}")
         megabytes = temporary.stat().st_size / 1e6
     print(f"{path}, {megabytes:.1f} MB: {result}")
@@ -180,7 +180,7 @@ def compare(classify: Classify, model: nn.Module, images: Tensor, sizes: tuple[i
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the exporters' own talk from the terminal; what goes wrong still raises."""
+    """Keep the exporters' own messages off the terminal; errors still raise."""
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -192,7 +192,7 @@ def quiet() -> Iterator[None]:
 
 
 def metadata(trained: TrainedNetwork) -> dict[str, str]:
-    """What the user of a file must know, as text. `val_accuracy` is averaged over what `val_accuracy_tta` says."""
+    """What the user of a file needs to know, as text. `val_accuracy` is averaged over what `val_accuracy_tta` says."""
     tta = trained.recipe.at(trained.epoch - 1).tta
     return {
         "input": INPUT,

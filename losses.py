@@ -16,19 +16,19 @@ class LabelSmoothingLoss(nn.Module):
     which spreads it as PyTorch does.
 
     `classes`: K, from 2 up. `dim`: the dimension of the logits that holds the classes. `reduction`: "mean" over all
-    samples, "sum", or "none" for one loss a sample. Raises ValueError for an argument out of range and for logits of
-    another K.
+    samples, "sum", or "none" for one loss per sample. Raises ValueError for an argument out of range and for logits
+    of a different K.
     """
 
     def __init__(self, classes: int, smoothing: float = 0.1, dim: int = -1, reduction: str = "mean") -> None:
         super().__init__()
         if not isinstance(classes, int) or classes < 2:
-            raise ValueError(f"classes is a whole number from 2 up, not {classes!r}")
+            raise ValueError(f"classes must be a whole number of at least 2, not {classes!r}")
         most = (classes - 1) / classes
         if not 0 <= smoothing <= most:
-            raise ValueError(f"smoothing over {classes} classes is from 0 to {most:.4g}, not {smoothing!r}")
+            raise ValueError(f"smoothing over {classes} classes must be from 0 to {most:.4g}, not {smoothing!r}")
         if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"reduction is mean, sum or none, not {reduction!r}")
+            raise ValueError(f"reduction must be mean, sum or none, not {reduction!r}")
         self.classes, self.smoothing, self.dim, self.reduction = classes, smoothing, dim, reduction
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -47,11 +47,11 @@ def softened_mean(logits: Sequence[Tensor], temperature: float) -> Tensor:
 
 
 def distillation_loss(logits: Tensor, soft_targets: Tensor, temperature: float) -> Tensor:
-    """KL(soft targets ‖ softmax(logits / temperature)) · temperature², one loss a sample, (B,): arXiv 1503.02531.
+    """KL(soft targets ‖ softmax(logits / temperature)) · temperature², one loss per sample, (B,): arXiv 1503.02531.
 
-    `logits`: the student's, float (B, K); `soft_targets` (B, K) are probabilities softened alike (see `softened_mean`).
-    The gradient is temperature · (the student's softened probabilities − soft targets): the square keeps it of one size
-    at all temperatures.
+    `logits`: the student's, float (B, K); `soft_targets` (B, K): probabilities softened likewise (see `softened_mean`).
+    The gradient is temperature · (the student's softened probabilities − soft targets): the square keeps its size the
+    same at all temperatures.
     """
     softened = (logits / temperature).log_softmax(-1)
     return F.kl_div(softened, soft_targets, reduction="none").sum(-1) * temperature**2

@@ -1,6 +1,6 @@
 """The networks: a bottleneck ResNet of 1,996,986 parameters, and a plain one of wide 3×3 convolutions.
 
-The ResNet's modules and parameters are named as in torchvision's, so that weights travel between the two.
+The ResNet's modules and parameters are named as in torchvision's, so that weights can move between the two.
 """
 
 import math
@@ -30,7 +30,7 @@ def build_model(
     Raises ValueError where an option is out of range or the network has more than `budget` parameters.
     """
     if kind not in NETWORKS:
-        raise ValueError(f"kind is one of {', '.join(NETWORKS)}, not {kind!r}")
+        raise ValueError(f"kind must be one of {', '.join(NETWORKS)}, not {kind!r}")
     model = WideNet(layers, **options) if kind == "wide" else ResNet(Bottleneck, layers, **options)
     parameters = count_parameters(model)
     if parameters > budget:
@@ -112,7 +112,7 @@ class ResNet(nn.Module):
         _check_groups(layers, planes)
         _check_counts(num_classes=num_classes, groups=groups, width_per_group=width_per_group)
         if int(min(planes) * width_per_group / 64) < 1:
-            raise ValueError(f"width_per_group {width_per_group} leaves no channel of planes {min(planes)}")
+            raise ValueError(f"width_per_group {width_per_group} leaves no channels for planes {min(planes)}")
 
         self._norm_layer = norm_layer or nn.BatchNorm2d
         self._block, self._groups, self._base_width = block, groups, width_per_group
@@ -162,7 +162,7 @@ class ResNet(nn.Module):
 class WideGroup(nn.Module):
     """A 3×3 convolution and a max-pool; then `layers` 3×3 convolutions with a shortcut around them.
 
-    Each convolution has a BatchNorm and a LeakyReLU behind it. Maps (N, inplanes, H, W) to (N, planes, H/2, W/2),
+    Each convolution is followed by a BatchNorm and a LeakyReLU. Maps (N, inplanes, H, W) to (N, planes, H/2, W/2),
     halves rounded down; without `pool` to (N, planes, H, W).
     """
 
@@ -188,7 +188,7 @@ class WideGroup(nn.Module):
 class WideNet(nn.Module):
     """Stem of stride 2, three groups of a few wide 3×3 convolutions, global average pool, linear layer.
 
-    About the ResNet's number of parameters in a seventh of the layers: large matrix products keep a processor's
+    About as many parameters as the ResNet in a seventh of the layers: large matrix products keep a processor's
     arithmetic busy where the ResNet's many thin layers wait for memory, and pooling first makes each product cheaper
     (the layout is that of David Page's ResNet-9 for CIFAR-10 and of arXiv 2404.00498).
 
@@ -237,7 +237,7 @@ class WideNet(nn.Module):
                 nn.init.zeros_(module.bns[-1].weight)
         if cosine_stem:
             self.conv1.weight = nn.Parameter(cosine_filters(stem), requires_grad=False)
-            self.bn1.requires_grad_(False)  # nothing below the first group learns, so no gradient has to get there
+            self.bn1.requires_grad_(False)  # nothing below the first group learns, so no gradient has to reach it
 
     def forward(self, x: Tensor) -> Tensor:
         _check_input(x)
@@ -267,13 +267,13 @@ def cosine_filters(count: int) -> Tensor:
 def _check_groups(layers: Sequence[int], planes: Sequence[int]) -> None:
     for name, values in (("layers", layers), ("planes", planes)):
         if len(values) != 3 or any(not isinstance(v, int) or v < 1 for v in values):
-            raise ValueError(f"{name} takes 3 whole numbers from 1 up, not {values!r}")
+            raise ValueError(f"{name} takes 3 whole numbers of at least 1, not {values!r}")
 
 
 def _check_counts(**counts: int) -> None:
     for name, value in counts.items():
         if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is a whole number from 1 up, not {value!r}")
+            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
 
 
 def _check_input(x: Tensor) -> None:

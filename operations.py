@@ -19,8 +19,8 @@ SHEAR = 0.99  # pixels of shift per row or column away from the centre
 TRANSLATION = 1 / 3  # of the side
 ROTATION = 135.0  # degrees
 FACTOR = 0.99  # either side of 1: brightness, saturation, contrast, sharpness
-LEVELS = 256  # of grey, that equalising tells apart
-FEWEST_BITS = 2  # that posterising leaves
+LEVELS = 256  # of grey, which equalising tells apart
+FEWEST_BITS = 2  # left by posterising
 
 
 def grey(x: Tensor) -> Tensor:
@@ -30,18 +30,18 @@ def grey(x: Tensor) -> Tensor:
 
 
 def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
-    """Blend with black: `factor` (B, 1, 1, 1) from 0, which is black, up; 1 changes nothing."""
+    """Blend with black: `factor` (B, 1, 1, 1) from 0 (black) up; 1 changes nothing."""
     return (x * factor).clamp_(0, 1)
 
 
 def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the image's own mean grey: `factor` (B, 1, 1, 1) from 0, which is grey, up; 1 changes nothing."""
+    """Blend with the image's own mean grey: `factor` (B, 1, 1, 1) from 0 (grey) up; 1 changes nothing."""
     mean = grey(x.mean(dim=(2, 3), keepdim=True))
     return torch.addcmul(mean * (1 - factor), x, factor).clamp_(0, 1)
 
 
 def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the pixel's own grey: `factor` (B, 1, 1, 1) from 0, which is grey, up; 1 changes nothing."""
+    """Blend with the pixel's own grey: `factor` (B, 1, 1, 1) from 0 (grey) up; 1 changes nothing."""
     return torch.addcmul(grey(x).mul_(1 - factor), x, factor).clamp_(0, 1)
 
 
@@ -74,12 +74,12 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 @torch.no_grad()
 def trivial_augment(x: Tensor, uniforms: Tensor) -> Tensor:
-    """Views float32 (B, 3, s, s) in [0, 1], each after its operation; `uniforms` (B, COLUMNS) in [0, 1).
+    """Views float32 (B, 3, s, s) in [0, 1], each with its operation applied; `uniforms` (B, COLUMNS) in [0, 1).
 
     On a CPU each operation runs only on the views that drew it. On a GPU it runs on all views and the other results are
     discarded, because selecting views would wait for the device. `x` itself may be overwritten.
     """
-    x = x.clamp_(0, 1)  # rounding in the shift of a hue leaves values just outside, which would posterize to -1/4
+    x = x.clamp_(0, 1)  # rounding in the hue shift leaves values just outside, which would posterise to -1/4
     kind, strength = (uniforms[:, 0] * len(OPERATIONS)).floor(), uniforms[:, 1] * 2 - 1
     for index, operation in enumerate(OPERATIONS.values()):
         chosen = kind == index
@@ -148,22 +148,22 @@ def _solarize(x: Tensor, strength: Tensor) -> Tensor:
 
 
 def _autocontrast(x: Tensor, strength: Tensor) -> Tensor:
-    """Stretch each channel to black and white; one of a single value stays."""
+    """Stretch each channel to span black to white; one with a single value is unchanged."""
     low, high = x.amin(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)
     return torch.where(high > low, (x - low) / (high - low).clamp_(min=1e-12), x).clamp_(0, 1)
 
 
 def _equalize(x: Tensor, strength: Tensor) -> Tensor:
-    """Equalise each channel's histogram of LEVELS by PIL's rule.
+    """Equalise each channel's histogram of LEVELS bins by PIL's rule.
 
-    A channel with fewer than LEVELS - 1 pixels below its brightest level stays.
+    A channel with fewer than LEVELS - 1 pixels below its brightest level is unchanged.
     """
     level = (x * (LEVELS - 1)).round_().long().flatten(2).flatten(0, 1)  # (B·3, pixels)
     pixels = level.shape[1]
     counts = level.new_zeros(len(level), LEVELS).scatter_add_(1, level, torch.ones_like(level))
     darker = counts.cumsum(1) - counts
     brightest = counts.gather(1, level.amax(1, keepdim=True))
-    step = (pixels - brightest) // (LEVELS - 1)  # pixels that a level of the result has
+    step = (pixels - brightest) // (LEVELS - 1)  # pixels per level of the result
     table = ((darker + step // 2) // step.clamp(min=1)).clamp_(max=LEVELS - 1)
     equal = (table.gather(1, level) / (LEVELS - 1)).view_as(x)
     return torch.where((step > 0).view(*x.shape[:2], 1, 1), equal, x)

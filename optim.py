@@ -24,7 +24,7 @@ def build_optimizer(
     """The recipe's optimiser, in PyTorch's fused form; BatchNorm and biases without decay unless `decay_norms`.
 
     Muon multiplies in `precision`; all weights and states are float32. It leaves the stem's filters to SGD: they read
-    the image itself, so they are no hidden layer.
+    the image itself, so they are not a hidden layer.
     """
     muon = recipe.optimizer == "muon"
     weights, others, filters = [], [], []
@@ -47,7 +47,7 @@ def with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
     """The optimiser with its momentum buffers already created, as zeros; this does not change the first step.
 
     PyTorch's fused SGD creates the buffers in its first step, and leaves them uninitialised if that step's fp16
-    gradients overflow: the second step would then learn from whatever lay in memory.
+    gradients overflow: the second step would then learn from whatever was in memory.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -60,9 +60,9 @@ class Muon(torch.optim.SGD):
     """SGD with Nesterov momentum; in groups with `orthogonal` set, 4-d filters (out, in, h, w) take Muon's step.
 
     It orthogonalises the momentum as a matrix (out, h·w·in), and resets the filters' norm to √out before moving them:
-    with a BatchNorm behind them, their scale affects only the relative size of the next step, so this replaces weight
+    with a BatchNorm after them, their scale affects only the relative size of the next step, so this replaces weight
     decay (Keller Jordan, 2024). PyTorch's own Muon takes only matrices, and multiplies them in bf16, which not every
-    CPU has.
+    CPU supports.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Muon(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step. The gradients of orthogonal groups are gone after it."""
+        """One step. It clears the gradients of orthogonal groups."""
         for group in self.param_groups:
             if group["orthogonal"]:
                 for filters in group["params"]:
@@ -97,14 +97,14 @@ class Muon(torch.optim.SGD):
         weights = filters.permute(order).view(len(filters), -1)  # a view, as it is written to
         direction = orthogonalise(ahead.permute(order).flatten(1), self.precision)
         weights.mul_(len(weights) ** 0.5 / weights.norm())
-        if isinstance(lr, Tensor):  # on the device, so that a captured step reads its present value
+        if isinstance(lr, Tensor):  # on the device, so that a captured step reads its current value
             weights.sub_(direction * lr)
         else:
             weights.sub_(direction, alpha=lr)
         if overflow is not None:  # GradScaler's: where a gradient overflowed, nothing is learnt
             for value, old in zip((filters, buffer), before, strict=True):
                 value.copy_(torch.where(overflow > 0, old, value))
-        filters.grad = None  # done: SGD's step passes over it
+        filters.grad = None  # done: SGD's step skips it
 
 
 def orthogonalise(matrix: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
@@ -119,7 +119,7 @@ def orthogonalise(matrix: Tensor, precision: torch.dtype = torch.float32) -> Ten
     x = (x / (x.norm() + EPSILON)).to(precision)
     lift = torch.tensor(LINEAR, dtype=precision).item()  # rounded to the precision of the products
     square, product = x @ x.T, None
-    for iteration in range(ITERATIONS):  # x ← s·x with s a polynomial of x·xᵀ: the s are gathered first
+    for iteration in range(ITERATIONS):  # x ← s·x with s a polynomial in x·xᵀ: the s are multiplied first
         step = torch.addmm(square, square, square, beta=CUBIC, alpha=QUINTIC)
         step.diagonal().add_(lift)
         product = step if product is None else step @ product
@@ -130,7 +130,7 @@ def orthogonalise(matrix: Tensor, precision: torch.dtype = torch.float32) -> Ten
 
 
 def forget_scale(optimizer: torch.optim.Optimizer) -> None:
-    """Drop what GradScaler has left with the optimiser where a step raised: it would join the next step's scale."""
+    """Drop what GradScaler left in the optimiser if a step raised: the next step's scale would be multiplied by it."""
     for name in ("grad_scale", "found_inf"):
         vars(optimizer).pop(name, None)
 
@@ -155,7 +155,7 @@ def portable_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def all_finite(nets: Iterable[nn.Module], optimizer: torch.optim.Optimizer) -> Tensor:
-    """Whether all numbers that a checkpoint would keep of them are finite: bool, 0-dim, on the device."""
+    """Whether all numbers that a checkpoint would keep from them are finite: bool, 0-dim, on the device."""
     kept = [value for net in nets for value in net.state_dict().values()]
     kept += [value for of_parameter in optimizer.state.values() for value in of_parameter.values()]
     largest = torch._foreach_norm([x for x in kept if torch.is_tensor(x) and x.is_floating_point()], math.inf)
@@ -163,13 +163,13 @@ def all_finite(nets: Iterable[nn.Module], optimizer: torch.optim.Optimizer) -> T
 
 
 class RunningAverage:
-    """Exponential average of a network's weights and BatchNorm statistics, the first update being a copy.
+    """Exponential average of a network's weights and BatchNorm statistics; the first update is a copy.
 
     With `warmup` the decay at update t, counted from 0, is min(decay, (1 + t) / (10 + t)): the average looks back over
     about a tenth of the steps so far, until it reaches 1 / (1 - decay) steps. Without warm-up, a run
     much shorter than 1 / (1 - decay) steps ends on an average that still consists largely of its first weights.
 
-    PyTorch's AveragedModel gives the same numbers, but waits for the device at each update, to hand it the count.
+    PyTorch's AveragedModel gives the same numbers, but waits for the device at each update, to pass it the count.
     """
 
     def __init__(self, net: nn.Module, decay: float, warmup: bool = False) -> None:
@@ -180,7 +180,7 @@ class RunningAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Draw the average closer to the network's present values."""
+        """Move the average closer to the network's current values."""
         torch._foreach_lerp_(self._own, self._source, 1 - self._decay_now() if self.updates else 1.0)
         self.updates += 1
 

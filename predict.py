@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     check_outputs(parser, args, [trained.file, *paths])
     predictions = predict(trained, paths, args.top, machine, skipped, squares=ON_SHEET if args.sheet else 0)
     if not predictions:
-        raise RunError("there is no picture to look at" if not paths else "none of the files is a usable picture")
+        raise RunError("there are no pictures to look at" if not paths else "none of the files is a usable picture")
     try:
         if args.csv:
             files.write_text(args.csv, as_csv(predictions))
@@ -82,14 +82,14 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         type=file_path,
         metavar="PICTURE",
-        help="picture of any kind that Pillow opens, or folder of them",
+        help="picture in any format that Pillow opens, or a folder of them",
     )
     parser.add_argument(
         "--top",
         type=whole_number(1, 1000),
         default=2,
         metavar="N",
-        help="classes to list of each picture (default: 2)",
+        help="classes to list for each picture (default: 2)",
     )
     parser.add_argument("--csv", type=file_path, metavar="FILE", help="write the table as CSV too")
     parser.add_argument(
@@ -105,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace, inputs: Sequence[Path]) -> None:
-    """End the process with status 2 where an output would replace what is read, or another output."""
+    """End the process with status 2 where an output would replace an input or another output."""
     taken = {files.identity(path) for path in inputs}
     for flag, path in (("csv", args.csv), ("json", args.json), ("sheet", args.sheet)):
         if path is not None and files.identity(path) in taken:
@@ -114,10 +114,10 @@ def check_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace, inp
 
 
 def gather(named: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:
-    """The files named and all pictures in the folders named, and by path why anything else cannot be looked at."""
+    """The named files and all pictures in the named folders; and by path, why anything else cannot be looked at."""
     paths, skipped = [], {}
     for path in expanded(named):
-        if not os.path.isdir(path):  # False where it cannot be reached, for which Path's raises
+        if not os.path.isdir(path):  # False if it cannot be reached, where Path.is_dir raises
             paths.append(path)
             continue
         passed = PassedOver()
@@ -134,7 +134,7 @@ def gather(named: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:
 
 
 def skip(skipped: dict[str, str], path: Path, reason: str) -> None:
-    """Note a path that is passed over, and say so on stderr at once, above a progress bar if there is one."""
+    """Note a skipped path, and say so on stderr at once, above a progress bar if there is one."""
     skipped[text.printable(path)] = reason
     tqdm.write(f"skipped: {reason}", file=sys.stderr)
 
@@ -176,7 +176,7 @@ def predict(
 
 
 def table(predictions: Sequence[Prediction]) -> str:
-    """File, class, confidence and the other choices, a line a picture."""
+    """File, class, confidence and the other choices, one line per picture."""
     others = range(2, len(predictions[0].choices) + 1)
     header = ["file", "class", "confidence", *(f"choice {number}" for number in others)]
     rows = []

@@ -1,4 +1,4 @@
-"""What decides a result: a `Recipe`, its stages, the named recipes, and the network that a recipe describes.
+"""Everything that decides a result: a `Recipe`, its stages, the named recipes, and the network that a recipe describes.
 
 Each setting is a flag of `train.py` and an entry of `config.json`. A continued run must agree on all that take effect.
 """
@@ -22,7 +22,7 @@ TTA_HELP = "test-time augmentation; predictions are averaged over: " + "; ".join
 NO_LIMIT = 10**12  # parameters: a budget that holds nothing back
 MOST_VIEWS = 10_000
 OLD_NAMES = {"view": "augmentation", "views": "views_per_image"}  # of checkpoints of format 1
-# settings that are gone, each with the value that is today's behaviour
+# settings that were removed, each with the value that matches today's behaviour
 RETIRED = {"mirrored": False, "mix_until": 1.0}
 
 
@@ -32,7 +32,7 @@ class UnknownSettings(ValueError):
 
 @dataclass(frozen=True)
 class Stage:
-    """One part of a run, with an optimiser and a schedule of its own; the weights go on from the stage before."""
+    """One part of a run, with its own optimiser and schedule; the weights carry over from the previous stage."""
 
     epochs: int = option("epochs; 0 skips the stage", low=0, high=100_000)
     crop_size: tuple[int, ...] = option(
@@ -45,7 +45,7 @@ class Stage:
     def __post_init__(self) -> None:
         check_limits(self)
         if not self.crop_size:
-            raise ValueError("crop_size names at least one size")
+            raise ValueError("crop_size must name at least one size")
 
     def crop_size_in(self, epoch: int) -> int:
         """Side in px of the views of an epoch of this stage, counted from 0."""
@@ -59,7 +59,7 @@ class Stage:
 
 
 class Epoch(NamedTuple):
-    """What a recipe says of one epoch of a run."""
+    """What a recipe says about one epoch of a run."""
 
     stage_index: int  # from 0
     stage: Stage
@@ -76,7 +76,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     augmentation: ViewOptions = ViewOptions()
     views_per_image: int = option(
-        "views of each training image per epoch; with --images chosen to suit the number of pictures",
+        "views of each training image per epoch; with --images, chosen to suit the number of pictures",
         20,
         low=1,
         high=MOST_VIEWS,
@@ -109,9 +109,9 @@ class Recipe:
     budget: int = option("most parameters that the network may have", PARAMETER_BUDGET, low=1, high=NO_LIMIT)
     zero_init_residual: bool = option("start each residual block as the identity", False)
     cosine_stem: bool = option(
-        "wide: the stem is a cosine transform that does not learn, and further convolutions start as identities", False
+        "wide: the stem is a cosine transform that does not learn, and later convolutions start as identities", False
     )
-    last_pool: bool = option("wide: halve the last group's maps too; without, they are finer and cost more", True)
+    last_pool: bool = option("wide: halve the last group's maps too; without it, they are finer and cost more", True)
 
     optimizer: str = option(
         "optimiser (sgd: Nesterov momentum 0.9; muon: the same, but filters after the stem by orthogonalised momentum)",
@@ -119,7 +119,7 @@ class Recipe:
         choices=("adam", "adamw", "sgd", "muon"),
     )
     weight_decay: float = option(
-        "weight decay (L2, decoupled for adamw; muon: not of filters after the stem)", 1e-4, low=0.0, high=10.0
+        "weight decay (L2, decoupled for adamw; muon: not on filters after the stem)", 1e-4, low=0.0, high=10.0
     )
     decay_norms: bool = option("apply weight decay to BatchNorm weights and biases too", True)
     schedule: str = option(
@@ -135,7 +135,7 @@ class Recipe:
     )
     label_smoothing: float = option("share of the target spread over the other classes", 0.0, low=0.0, high=0.9)
     average: float = option(
-        "decay of the running average of weights that is scored and kept; 0 is off", 0.0, low=0.0, high=0.99999
+        "decay of the running average of weights that is scored and kept; 0: off", 0.0, low=0.0, high=0.99999
     )
     average_warmup: bool = option("let the average's decay rise with the steps, so that it fits short runs too", True)
     teacher_temperature: float = option(
@@ -150,14 +150,14 @@ class Recipe:
         if not any(stage.epochs for stage in self.stages):
             raise ValueError("epochs: every stage has 0 epochs, so there is nothing to train")
         if self.cosine_stem and self.network != "wide":
-            raise ValueError(f"cosine_stem is a part of network wide: for {self.network} add --no-cosine-stem")
+            raise ValueError(f"cosine_stem is part of network wide: for {self.network} add --no-cosine-stem")
         if not self.last_pool and self.network != "wide":
-            raise ValueError(f"last_pool is a part of network wide: for {self.network} add --last-pool")
+            raise ValueError(f"last_pool is part of network wide: for {self.network} add --last-pool")
         if self.fold is not None and self.train_on == "all":
-            raise ValueError("fold and train_on all exclude each other: a fold says which images to train on")
+            raise ValueError("fold and train_on all cannot be combined: a fold says which images to train on")
         if self.tune_fold is not None and (self.fold is not None or self.train_on == "all"):
             other = "train_on all" if self.fold is None else "fold"
-            raise ValueError(f"tune_fold and {other} exclude each other: each says which images to train on")
+            raise ValueError(f"tune_fold and {other} cannot be combined: each says which images to train on")
 
     @property
     def epochs(self) -> int:
@@ -175,7 +175,7 @@ class Recipe:
             if number < stage.epochs:
                 return Epoch(index, stage, number, stage.crop_size_in(number), tta)
             number -= stage.epochs
-        raise ValueError("the recipe has no further epoch")
+        raise ValueError("the recipe has no more epochs")
 
     @property
     def rate_by_step(self) -> bool:
@@ -183,7 +183,7 @@ class Recipe:
         return self.schedule == "cosine"
 
     def steps_per_epoch(self, stage: Stage, images: int) -> int:
-        """Steps of an epoch of a stage over `images` training images; what does not fill a batch is left out."""
+        """Steps of an epoch of a stage over `images` training images; an incomplete last batch is left out."""
         return images * self.views_per_image // stage.batch
 
     def samples(self, images: int, epochs_done: int) -> int:
@@ -198,7 +198,7 @@ class Recipe:
         return warmup_cosine_rate(min(epoch / stage.epochs, 1.0), stage.lr, self.warmup)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as they stand in `config.json` and in checkpoints."""
+        """Plain values, as they appear in `config.json` and in checkpoints."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -261,7 +261,7 @@ def replace(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
 def build_network(recipe: Recipe, classes: int) -> ResNet | WideNet:
     """The network that a recipe describes. Raises ValueError where it is over the budget or cannot be built."""
     least = sum(9 * blocks * width**2 for blocks, width in zip(recipe.layers, recipe.planes, strict=True))
-    if least > recipe.budget:  # in the 3×3 convolutions alone; checked before any memory is asked for
+    if least > recipe.budget:  # in the 3×3 convolutions alone; checked before any memory is allocated
         raise ValueError(
             f"the network has over {least:,} parameters, more than the budget of {recipe.budget:,}: {SMALLER_NETWORK}"
         )
@@ -277,7 +277,7 @@ def build_network(recipe: Recipe, classes: int) -> ResNet | WideNet:
     )
 
 
-# The student project's. `train.py`: 35.2 million samples; meant for a GPU, not yet run to its end.
+# The student project's. `train.py`: 35.2 million samples; meant for a GPU, not yet run to the end.
 ORIGINAL = Recipe(
     name="original",
     augmentation=AUGMENTATIONS["original"],
@@ -288,7 +288,7 @@ ORIGINAL = Recipe(
 )
 # Milder views, small crops first, a network whose arithmetic keeps the cores busy and whose stem need not be learnt,
 # and Muon, over eight points ahead of SGD after 15 passes. `train.py --recipe cpu`: 0.22 million samples, about six
-# minutes of two CPU cores with bf16; 84.4 % on average over ten seeds. Why each of them: docs/EXPERIMENTS.md.
+# minutes on two CPU cores with bf16; 84.4 % on average over ten seeds. The reasons: docs/EXPERIMENTS.md.
 CPU = Recipe(
     name="cpu",
     stages=(Stage(epochs=4, crop_size=(32, 48, 48, 64), eval_size=80, batch=128, lr=0.5),),
@@ -306,8 +306,8 @@ CPU = Recipe(
     average=0.995,
     tta="multi",
 )
-# Finer maps, larger crops, stronger views, CutMix. `train.py --recipe cpu-long`: 1.9 million samples, an hour of two
-# Zen 5 cores with bf16, two of Zen 4; 89.7 % on average over three seeds.
+# Finer maps, larger crops, stronger views, CutMix. `train.py --recipe cpu-long`: 1.9 million samples, an hour on two
+# Zen 5 cores with bf16, two on Zen 4; 89.7 % on average over three seeds.
 CPU_LONG = dataclasses.replace(
     CPU,
     name="cpu-long",
@@ -317,8 +317,8 @@ CPU_LONG = dataclasses.replace(
     last_pool=False,
     average=0.998,
 )
-# Twice the passes, and one more random operation on each view, which brought nothing in cpu-long. `train.py --recipe
-# cpu-night`: 3.8 million samples, two hours of two Zen 5 cores with bf16; 90.7 %, one seed.
+# Twice the passes, and one more random operation on each view, which gained nothing in cpu-long. `train.py --recipe
+# cpu-night`: 3.8 million samples, two hours on two Zen 5 cores with bf16; 90.7 %, one seed.
 CPU_NIGHT = dataclasses.replace(
     CPU_LONG,
     name="cpu-night",
@@ -326,8 +326,8 @@ CPU_NIGHT = dataclasses.replace(
     views_per_image=40,
     average=0.999,
 )
-# cpu-night with larger crops, for one modern GPU. `train.py --recipe gpu`: 3.8 million samples, five minutes of an H200
-# that another run shared; 91.2 %, one seed. Two Zen 5 cores would take 3.5 hours (a forecast).
+# cpu-night with larger crops, for one modern GPU. `train.py --recipe gpu`: 3.8 million samples, five minutes on an H200
+# shared with another run; 91.2 %, one seed. Two Zen 5 cores would take 3.5 hours (a forecast).
 GPU = dataclasses.replace(
     CPU_NIGHT,
     name="gpu",

@@ -43,9 +43,9 @@ def warmup_cosine_rate(progress: float, peak: float, warmup: float) -> float:
     Raises ValueError for an argument out of range.
     """
     if not 0 <= warmup < 1:
-        raise ValueError(f"warmup is a share from 0 up to below 1, not {warmup!r}")
+        raise ValueError(f"warmup must be a share of at least 0 and below 1, not {warmup!r}")
     if not 0 <= progress <= 1:
-        raise ValueError(f"progress is a share from 0 to 1, not {progress!r}")
+        raise ValueError(f"progress must be a share from 0 to 1, not {progress!r}")
     if progress < warmup:
         return peak * progress / warmup
     return peak * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
@@ -54,7 +54,7 @@ def warmup_cosine_rate(progress: float, peak: float, warmup: float) -> float:
 class DecayingCosineWarmRestarts(LRScheduler):
     """Sets each parameter group's rate to `restart_rate` with the group's initial rate as the first peak.
 
-    `step()` moves on by one epoch, `step(epoch)` to any epoch, whole or fractional; `last_epoch` is the present one.
+    `step()` moves on by one epoch, `step(epoch)` to any epoch, whole or fractional; `last_epoch` is the current one.
     The rate depends on nothing else. `load_state_dict` also sets the optimiser's rates, so that scheduler and
     optimiser may be created and restored in either order.
     Raises ValueError for an argument out of range.
@@ -81,7 +81,7 @@ class DecayingCosineWarmRestarts(LRScheduler):
         return [restart_rate(self.last_epoch, peak, *cycles) for peak in self.base_lrs]
 
     def step(self, epoch: float | None = None) -> None:
-        """Go to `epoch` (from 0), or to one epoch after the present one."""
+        """Go to `epoch` (from 0), or to one epoch after the current one."""
         if epoch is None:
             epoch = self.last_epoch + 1
         _check_epoch(epoch)
@@ -116,13 +116,13 @@ def _locate(epoch: float, T_0: int, T_mult: int) -> tuple[int, float]:
 def _check_cycles(T_0: int, T_mult: int, decay: float = 1.0, eta_min: float = 0.0) -> None:
     for name, value in (("T_0", T_0), ("T_mult", T_mult)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} is a whole number from 1 up, not {value!r}")
+            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
     if not (isinstance(decay, int | float) and 0 < decay <= 1):
-        raise ValueError(f"decay is a factor above 0 and at most 1, not {decay!r}")
+        raise ValueError(f"decay must be a factor above 0 and at most 1, not {decay!r}")
     if not (isinstance(eta_min, int | float) and 0 <= eta_min < math.inf):
-        raise ValueError(f"eta_min is a learning rate from 0 up, not {eta_min!r}")
+        raise ValueError(f"eta_min must be a learning rate of at least 0, not {eta_min!r}")
 
 
 def _check_epoch(epoch: float) -> None:
     if not (isinstance(epoch, int | float) and 0 <= epoch < math.inf):
-        raise ValueError(f"epoch is a number from 0 up, not {epoch!r}")
+        raise ValueError(f"epoch must be a number of at least 0, not {epoch!r}")

@@ -14,7 +14,7 @@ def check_limits(settings: Any) -> None:
     for item in dataclasses.fields(settings):
         value, limits = getattr(settings, item.name), item.metadata
         if "choices" in limits and value not in limits["choices"]:
-            raise ValueError(f"{item.name} is one of {', '.join(limits['choices'])}, not {value!r}")
+            raise ValueError(f"{item.name} must be one of {', '.join(limits['choices'])}, not {value!r}")
         low, above, high = (limits.get(name) for name in ("low", "above", "high"))
         if low is None and above is None:
             continue
@@ -23,5 +23,5 @@ def check_limits(settings: Any) -> None:
                 continue
             high_enough = number >= low if above is None else number > above
             if not (high_enough and number <= high):  # nan fails both
-                bound = f"from {low}" if above is None else f"above {above}"
-                raise ValueError(f"{item.name} is {bound} and up to {high}, not {number}")
+                bound = f"at least {low}" if above is None else f"above {above}"
+                raise ValueError(f"{item.name} must be {bound} and at most {high}, not {number}")

@@ -7,7 +7,7 @@
     torchrun --nproc-per-node 2 train.py …    # the same on two GPUs
 
 Data flows one way: files → one uint8 tensor on the device → views → network → loss → optimiser and schedule →
-metrics.csv and checkpoints → plots. The same command again continues where it stopped.
+metrics.csv and checkpoints → plots. Rerun the same command to continue where it stopped.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from harness import errors
 
 if __name__ == "__main__":
-    errors.before_imports()  # which take seconds: Ctrl-C or too little memory in them is one line, no traceback
+    errors.before_imports()  # which take seconds: Ctrl-C or lack of memory there gives one line, not a traceback
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,7 @@ def begin_or_continue(trainer: "Trainer", run: RunFolder, split: Split, runtime:
     """Put the trainer into the state that the run folder holds, if any; else start from --init, or from scratch."""
     first, overwrite = None, runtime.overwrite
     if overwrite and (restarter := distributed.restarted_by()):
-        print(f"{restarter} has started this command again, so --overwrite is left out and the run goes on")
+        print(f"{restarter} has restarted this command, so --overwrite is ignored and the run continues")
         overwrite = False
     if overwrite and run.recipe.init:
         first = checkpoint.take_weights(trainer.net, run.recipe.init)  # or refuse them, before anything is removed
@@ -100,7 +100,7 @@ def begin_or_continue(trainer: "Trainer", run: RunFolder, split: Split, runtime:
         state = run.resume(overwrite, runtime.tensorboard)
     trainer.recipe = recipe = run.recipe  # resume may have brought back the rules of an older version
     if distributed.max_over_ranks(run.epochs_done) != run.epochs_done:
-        raise errors.RunError(f"{run.folder} is not one and the same folder for all processes")
+        raise errors.RunError(f"{run.folder} is not the same folder for all processes")
     if run.epochs_done == recipe.epochs:
         print("this run is finished; --overwrite starts over")
         return  # train_epochs finds nothing left to do
@@ -110,7 +110,7 @@ def begin_or_continue(trainer: "Trainer", run: RunFolder, split: Split, runtime:
             if epoch.number:
                 trainer.begin_stage(epoch.stage, run.images["train"])
                 trainer.restore(state)
-            else:  # between two stages the weights alone go on
+            else:  # between two stages only the weights carry over
                 trainer.net.load_state_dict(state["model"])
     elif recipe.init:
         first = first or checkpoint.take_weights(trainer.net, recipe.init)
@@ -154,7 +154,7 @@ def train_epochs(trainer: "Trainer", run: RunFolder, split: Split, interrupt: In
             result = trainer.train_epoch(images, labels, draws, stage, size, after_step)
         trained_at = time.monotonic()
         val_loss, val_accuracy = trainer.validate(images, labels, val, stage.eval_size, tta)
-        run.require_finite(result.losses, result.finite, val_loss)  # nothing of the epoch is committed yet
+        run.require_finite(result.losses, result.finite, val_loss)  # none of the epoch is committed yet
         run.commit(
             {
                 "stage": stage_index + 1,
@@ -178,9 +178,9 @@ def train_epochs(trainer: "Trainer", run: RunFolder, split: Split, interrupt: In
 
 
 class EpochResult(NamedTuple):
-    """An epoch's figures, of all processes together."""
+    """An epoch's figures, over all processes."""
 
-    losses: Tensor  # float32 (steps,), of each step
+    losses: Tensor  # float32 (steps,), one per step
     hits: int  # correct predictions
     samples: int
     finite: bool  # whether weights, running statistics and optimiser state all are
@@ -195,17 +195,17 @@ class Trainer:
             torch.manual_seed(recipe.seed)
             self.net = build_network(recipe, classes)
         self.net.to(machine.device, memory_format=torch.channels_last)
-        # What a step trains shares net's weights: the network as it is, compiled, or (on a CPU, uncompiled) with padded
-        # channels; and around that what averages gradients over processes.
+        # The module that a step trains shares net's weights: it is the network as it is, compiled, or (on a CPU,
+        # uncompiled) with padded channels, inside a wrapper that averages gradients over processes.
         pads = machine.device.type == "cpu" and not machine.compile
         padded = with_padded_channels(self.net, recipe, classes) if pads else self.net
         self.form = CompiledForm(padded, machine)
         self.step_model = distributed.parallel(self.form)
         self.graphs = Graphs(machine)
         self.teachers = Teachers(teachers, recipe.teacher_temperature, machine) if teachers else None
-        self.loss = LabelSmoothingLoss(classes, recipe.label_smoothing, reduction="none")  # of each sample
+        self.loss = LabelSmoothingLoss(classes, recipe.label_smoothing, reduction="none")  # one per sample
         self.average: RunningAverage | None = None
-        self.optimizer: torch.optim.Optimizer  # this and what follows is made by begin_stage
+        self.optimizer: torch.optim.Optimizer  # begin_stage makes this and the next two
         self.schedule: LRScheduler
         self.scaler: torch.amp.GradScaler
 
@@ -220,7 +220,7 @@ class Trainer:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def begin_stage(self, stage: Stage, train_count: int) -> None:
-        """Start a stage over so many training images: the weights stay; optimiser, schedule and average are new."""
+        """Start a stage over `train_count` images: the weights stay; optimiser, schedule and average are new."""
         recipe = self.recipe
         self.optimizer = build_optimizer(recipe, stage, self.net, self.machine.precision)
         fp16 = self.machine.precision is torch.float16
@@ -300,7 +300,7 @@ class Trainer:
     def batch_loss(
         self, logits: Tensor, labels: Tensor, other_labels: Tensor, own_share: Tensor, soft_targets: Tensor | None
     ) -> Tensor:
-        """Mean loss of logits (B, K): by the labels, mixed as the views are, and by the teachers' soft targets."""
+        """Mean loss of logits (B, K): against the labels, mixed as the views are, and the teachers' soft targets."""
         loss = self.loss(logits, labels)
         if self.recipe.augmentation.mixes:
             loss = own_share * loss + (1 - own_share) * self.loss(logits, other_labels)
@@ -310,7 +310,7 @@ class Trainer:
         return loss.mean()
 
     def _result(self, losses: Tensor, hits: Tensor, samples: int) -> EpochResult:
-        """Fetch an epoch's figures from the device, all at once, and put those of all processes together."""
+        """Fetch an epoch's figures from the device, all at once, and combine those of all processes."""
         finite = all_finite({self.net, self.eval_model}, self.optimizer)
         figures = torch.cat([losses.double(), hits.double()[None], finite.double()[None]])
         sums, world = distributed.sum_over_ranks(figures.cpu()), self.machine.world
@@ -333,7 +333,7 @@ class Trainer:
         return loss.item(), hits.item() / len(val)
 
     def state(self) -> dict[str, Any]:
-        """Everything that continues the training, as plain values and tensors."""
+        """Everything needed to continue training, as plain values and tensors."""
         return {
             "model": self.net.state_dict(),
             "average": None if self.average is None else self.average.net.state_dict(),

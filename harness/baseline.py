@@ -1,4 +1,4 @@
-"""The usual training script, for benchmark.py to measure beside this project's way, and what both measure with."""
+"""The usual training script, for benchmark.py to measure against this project's way, and helpers for both."""
 
 import os
 import sys
@@ -22,11 +22,11 @@ from harness.machine import LARGE_PAGES, choose_device, own_threads, usable_core
 from recipes import Recipe, build_network
 
 CORES = usable_cores()
-# As a script of its own would start workers. A process that was spawned would spawn them, too: each imports PyTorch.
+# How a standalone script would start workers. A spawned process would spawn them too, and each would import PyTorch.
 START_METHOD = "fork" if sys.platform == "linux" else None
 CLASS_COUNT = len(data.CLASSES)
-DRAWN = 50  # pictures a class
-PIL_VIEWS = 1024  # at most in a turn: one core makes 700 to 2,000 a second
+DRAWN = 50  # pictures per class
+PIL_VIEWS = 1024  # at most per turn: one core makes 700 to 2,000 a second
 
 
 class Job(NamedTuple):
@@ -60,14 +60,14 @@ class Pictures(Dataset):
 
 
 class Baseline:
-    """The usual training script's way. Each public method handles a job's samples and returns how many those were."""
+    """The usual training script's way. Each public method handles a job's samples and returns their number."""
 
     def __init__(self, job: Job) -> None:
-        os.environ.pop(LARGE_PAGES, None)  # this project's idea, which it set before this process began
+        os.environ.pop(LARGE_PAGES, None)  # specific to this project, which set it before this process began
         torch.set_num_threads(job.runtime.threads or own_threads())
         self.job, self.device = job, choose_device(job.runtime.device)
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # the one that is waited for, and whose memory is read
+            torch.cuda.set_device(self.device)  # the one to wait for, and whose memory is read
             torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high")
         images, labels = load(job.data_dir)
@@ -118,7 +118,7 @@ class Baseline:
 
 
 def pil_views(options: augment.ViewOptions, size: int) -> list[Callable]:
-    """The recipe's views in torchvision's own transforms of PIL images, in the original project's order.
+    """The recipe's views as torchvision's own transforms of PIL images, in the original project's order.
 
     Erasing, mixing and the extra operation of `trivial_augment` are left out: the usual script does less work.
     """

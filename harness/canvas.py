@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import ParamSpec
 
-# A notebook's kernel sets MPLBACKEND for every process that it starts. That backend may not be installed here, and then
-# matplotlib cannot be imported. No plot here needs a backend, so matplotlib is offered it only after the import.
+# A notebook's kernel sets MPLBACKEND for every process that it starts. If that backend is not installed here,
+# importing matplotlib fails. No plot here needs a backend, so matplotlib is given it only after the import.
 _backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
 import matplotlib
 
@@ -30,7 +30,7 @@ from harness.text import printable
 
 SOFTWARE = "STL-10 from scratch"  # the note in a PNG that tells this program's pictures from others
 LETTERS = "DejaVu Sans"  # comes with matplotlib
-OTHER_LETTERS = (  # what systems have for scripts that it lacks
+OTHER_LETTERS = (  # what systems have for the scripts it lacks
     "Noto Sans CJK JP",
     "Noto Sans CJK SC",
     "Source Han Sans",
@@ -52,10 +52,10 @@ letters_noted: set[str] = set()
 
 
 def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
-    """Let a function draw in matplotlib's own style, with a letter of any script that a font here has.
+    """Let a function draw in matplotlib's own style, with letters of any script that an installed font has.
 
-    The user's settings are as before when it returns. Letters that no font has are named on stderr, each once; other
-    warnings of matplotlib's are dropped.
+    The user's settings are restored when it returns. Letters that no font has are named on stderr, each once; other
+    matplotlib warnings are dropped.
     """
 
     @functools.wraps(draw)
@@ -102,5 +102,5 @@ def drawn_here(path: Path) -> bool:
 
 
 def plain(text: str) -> str:
-    """Text as it is drawn: names of files and classes are no formulas, whatever dollar signs are in them."""
+    """Text as it is drawn: names of files and classes are not formulas, whatever dollar signs they contain."""
     return "\n".join(map(printable, text.split("\n"))).replace("$", r"\$")

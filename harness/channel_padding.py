@@ -66,7 +66,7 @@ class PaddedChannels(nn.Module):
 
 
 def _padded(value: Tensor, shape: torch.Size) -> Tensor:
-    """`value` with zeros behind it in every dimension that is longer in `shape`; itself where none is."""
+    """`value` padded with zeros at the end of each dimension that is longer in `shape`; itself if none is."""
     if value.shape == shape:
         return value
     ends = [(0, there - here) for here, there in zip(reversed(value.shape), reversed(shape), strict=True)]

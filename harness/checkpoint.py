@@ -1,11 +1,11 @@
 """Checkpoints: plain values and tensors, written whole or not at all, opened without running anything in them.
 
-A run folder holds `last.pt` (the one point of commit: all that continues the run), `previous.pt` (the state one epoch
-before, should `last.pt` be damaged), and weights alone: `best.pt`, of the best validation accuracy, and `stage1.pt` …,
-of each stage's end but the last.
+A run folder holds `last.pt` (the only commit point: all that a run needs to continue), `previous.pt` (the state one
+epoch before, should `last.pt` be damaged), and weights alone: `best.pt`, from the epoch with the best validation
+accuracy, and `stage1.pt` …, from the end of each stage but the last.
 
 All hold `format`, `kind` (run or weights), `recipe`, `classes`, `images`, `eval_size`, `epoch` and the network's
-weights as `model`; weights alone also the `val_accuracy` that selected them. A run also holds `precision`,
+weights as `model`; weights alone also hold the `val_accuracy` that selected them. A run also holds `precision`,
 `processes`, `notes`, its `rows`, and the trainer's state: `average`, `averaged` (updates of it), `optimizer`,
 `schedule`, `scaler`.
 """
@@ -53,9 +53,9 @@ def commit(folder: Path, payload: dict[str, Any]) -> None:
 
 
 def save_weights(path: Path, state: dict[str, Any], val_accuracy: float | None = None) -> None:
-    """Write the weights of a run's state alone: those that are scored.
+    """Write only the weights of a run's state: those that are scored.
 
-    `val_accuracy`: by which this epoch was selected as the best, None if it was not.
+    `val_accuracy`: the accuracy that made this epoch the best, None if it was not.
     """
     weights = {key: state[key] for key in ("recipe", "classes", "images", "eval_size", "epoch")}
     model = state["average"] or state["model"]
@@ -66,7 +66,7 @@ def load(path: Path, kind: str | None = None) -> dict[str, Any]:
     """Read and check a checkpoint, of one kind (`run` or `weights`) if given; tensors arrive on the CPU.
 
     Raises Damaged if it is not whole, RunError if it is missing, foreign, from a newer version, or holds more
-    than plain values: nothing in the file is ever run. An error about memory passes as it is.
+    than plain values: nothing in the file is ever run. An out-of-memory error passes unchanged.
     """
     return _load(path, kind)[0]
 
@@ -74,7 +74,7 @@ def load(path: Path, kind: str | None = None) -> dict[str, Any]:
 def _load(path: Path, kind: str | None = None) -> tuple[dict[str, Any], str]:
     """What `load` returns, and the SHA-256 of the file that it was read from."""
     try:
-        with open(path, "rb") as file:  # which stays the same one when a run that goes on replaces it
+        with open(path, "rb") as file:  # still the same file if a run in progress replaces it
             payload = _read(file)
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -85,7 +85,7 @@ def _load(path: Path, kind: str | None = None) -> tuple[dict[str, Any], str]:
     except Exception as error:  # zip and torch raise anything from KeyError to RuntimeError on foreign bytes
         if is_out_of_memory(error):  # which says nothing about the file
             raise
-        raise Damaged(f"{path} is damaged, or no checkpoint at all ({first_words(error)})") from error
+        raise Damaged(f"{path} is damaged, or not a checkpoint at all ({first_words(error)})") from error
     if not isinstance(payload, dict) or not isinstance(payload.get("format"), int) or "recipe" not in payload:
         raise RunError(f"{path} is not a checkpoint of this project")
     if payload["format"] > FORMAT:
@@ -102,7 +102,7 @@ def _read(file: BinaryIO) -> Any:
         for member in archive.infolist():
             if member.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"{member.filename} is compressed")
-            if member.file_size > size:  # memory is asked for by what it says
+            if member.file_size > size:  # as much memory is allocated as it says
                 raise ValueError(f"{member.filename} is longer than the file")
             copy.writestr(member.filename, archive.read(member))
     checked.seek(0)
@@ -110,7 +110,7 @@ def _read(file: BinaryIO) -> Any:
 
 
 def first_words(error: Exception) -> str:
-    """What an exception says, on one line of bearable length."""
+    """What an exception says, on one line of reasonable length."""
     words = " ".join(str(error).split())
     return words if len(words) <= 200 else words[:200] + " …"
 
@@ -136,15 +136,15 @@ def resume(folder: Path) -> tuple[dict[str, Any] | None, Damaged | None]:
 
 
 def go_back(folder: Path, state: dict[str, Any], damage: Damaged) -> str:
-    """Put `previous.pt`, which holds `state`, in the place of the damaged `last.pt`; what that means, as a sentence."""
+    """Replace the damaged `last.pt` with `previous.pt`, which holds `state`; return what that means, as a sentence."""
     lost = _remove_weights_after(folder, state["epoch"])
     rename(folder / "previous.pt", folder / "last.pt")  # or the next commit would keep the damaged one as previous.pt
-    without = f", without {' and '.join(lost)} of the epoch that is lost" if lost else ""
+    without = f", without {' and '.join(lost)} from the lost epoch" if lost else ""
     return f"{damage}; continuing from the state before it (previous.pt){without}"
 
 
 def _remove_weights_after(folder: Path, epoch: int) -> list[str]:
-    """Remove a run's files of weights alone that are of a later epoch, and return their names."""
+    """Remove a run's weights-only files from later epochs, and return their names."""
     removed = []
     for path in (path for pattern in WEIGHTS for path in folder.glob(pattern)):
         with contextlib.suppress(RunError, *MISMATCH_ERRORS):
@@ -178,12 +178,12 @@ class TrainedNetwork:
     images: dict[str, Any]  # how many trained and validated, and the digest of the user's own
     eval_size: int
     epoch: int
-    val_accuracy: float | None  # by which this epoch was selected as the run's best; None if it was not
-    sha256: str  # of the file as it was read: a run that goes on replaces it
+    val_accuracy: float | None  # the one that made this epoch the run's best; None if it was not
+    sha256: str  # of the file as it was read: a run in progress replaces it
 
     @property
     def selected(self) -> bool:
-        """Whether it is the best epoch's by validation accuracy, not the last one's."""
+        """Whether it is from the best epoch by validation accuracy, not from the last."""
         return self.val_accuracy is not None
 
     def state(self) -> dict[str, Any]:
@@ -200,7 +200,7 @@ class TrainedNetwork:
 
 
 def weights_file(path: Path, best: bool = False) -> Path:
-    """The checkpoint that `path` names: itself, or of a run folder its last one (with `best` its best one)."""
+    """The checkpoint that `path` names: itself, or a run folder's last one (with `best`, its best one)."""
     if not path.is_dir():
         return path
     names = ("best.pt",) if best else ("last.pt", "previous.pt", "best.pt")
@@ -210,7 +210,7 @@ def weights_file(path: Path, best: bool = False) -> Path:
 def load_network(path: Path | str, best: bool = False) -> TrainedNetwork:
     """The network of a checkpoint of either kind, or of a run folder (see `weights_file`), on the CPU.
 
-    Where the run kept an average of the weights, that is what comes. Raises RunError.
+    Where the run kept an average of the weights, that is what you get. Raises RunError.
     """
     path = weights_file(Path(path), best)
     payload, digest = _load(path)

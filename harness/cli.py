@@ -1,4 +1,4 @@
-"""Command lines: where and how a run is made (`Runtime`), and flags made from the fields of dataclasses."""
+"""Command lines: where and how a run takes place (`Runtime`), and flags made from the fields of dataclasses."""
 
 import argparse
 import glob
@@ -21,9 +21,9 @@ from settings import check_limits, option
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where a run is made, on what, and how it is shown: nothing that should decide its result."""
+    """Where a run takes place, on what, and how it is shown: nothing that should decide its result."""
 
-    data_dir: Path = option("folder with stl10_binary/; files that it lacks are downloaded into it", Path("data"))
+    data_dir: Path = option("folder with stl10_binary/; missing files are downloaded into it", Path("data"))
     images: Path | None = option(
         "train on the pictures in this folder instead: one folder per class, split by --val-fraction, "
         "or train/ and val/ that hold one folder per class each",
@@ -33,7 +33,7 @@ class Runtime:
         "run folders or checkpoints of trained networks to learn from, see docs/DISTILLATION.md", ()
     )
     out: Path | None = option("run folder (default: runs/RECIPE-seedSEED, with the images' and fold's names)", None)
-    device: str = option("cpu, cuda, cuda:1 …; auto takes CUDA where there is any", "auto")
+    device: str = option("cpu, cuda, cuda:1 …; auto uses CUDA if available", "auto")
     threads: int = option("CPU threads; 0: PyTorch's choice, but no more than a container may use", 0, low=0, high=1024)
     precision: str = option(
         "arithmetic of the network; auto: bf16 where the hardware has it, fp16 on older GPUs with tensor cores",
@@ -41,14 +41,14 @@ class Runtime:
         choices=("auto", "bf16", "fp16", "fp32"),
     )
     compile: bool | None = option(
-        "compile the training step, and capture it on CUDA (default: on CUDA, but for the demo)", None
+        "compile the training step, and capture it on CUDA (default: on CUDA, except for the demo)", None
     )
-    deterministic: bool = option("the same bits again on CUDA, at some cost in speed (a CPU needs no flag)", False)
+    deterministic: bool = option("bit-for-bit repeatable on CUDA, at some cost in speed (not needed on a CPU)", False)
     max_minutes: float = option(
-        "stop at the last epoch end within this time, after one epoch at least; 0 is no limit", 0.0, low=0.0, high=1e6
+        "stop at the last epoch end within this time, after at least one epoch; 0: no limit", 0.0, low=0.0, high=1e6
     )
     overwrite: bool = option("start over in a run folder that holds a run", False)
-    tensorboard: bool = option("write the numbers of metrics.csv for TensorBoard too, in the run folder", False)
+    tensorboard: bool = option("also write the numbers in metrics.csv for TensorBoard, in the run folder", False)
     by_default: tuple[str, ...] = ()  # which of recipe, views and batch were not given and are chosen to suit --images
 
     def __post_init__(self) -> None:
@@ -59,14 +59,14 @@ class Runtime:
 
 
 MACHINE_FLAGS = ("device", "threads", "precision")
-LARGEST_TOLD = 1024  # a larger upper limit only guards against typing errors, and --help does not show it
+LARGEST_TOLD = 1024  # a larger upper limit only guards against typos, and --help does not show it
 
 
 def train_parser() -> argparse.ArgumentParser:
     """The command line of `train.py`: one flag per field, grouped by the dataclass that holds it."""
     parser = argparse.ArgumentParser(
         prog="train.py",
-        description="Train a small image classifier from scratch. The same command again continues where it stopped. "
+        description="Train a small image classifier from scratch. Rerun the same command to continue where it stopped. "
         "Defaults below are those of recipe original; another --recipe, or --images, brings its own (recipes.py).",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -92,11 +92,11 @@ def usage_error(message: str) -> NoReturn:
 
 
 def add_best(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--best", action="store_true", help="of a run folder take best.pt (default: its last.pt)")
+    parser.add_argument("--best", action="store_true", help="take a run folder's best.pt (default: its last.pt)")
 
 
 def refuse_idle_best(parser: argparse.ArgumentParser, best: bool, paths: Collection[Path]) -> None:
-    """End the process with status 2 where --best is given, but no run folder that it could be about."""
+    """End the process with status 2 where --best is given, but no run folder that it could apply to."""
     if best and all(map(os.path.isfile, paths)):
         parser.error(f"--best takes the best epoch of a run folder, not of a file ({', '.join(map(str, paths))})")
 
@@ -110,9 +110,9 @@ def network_parser(name: str, description: str) -> argparse.ArgumentParser:
 
 
 def add_flags(group: Any, settings: type, names: Collection[str] | None = None, with_defaults: bool = False) -> None:
-    """Add a flag for each field of a dataclass that has a help text, or for those of `names`.
+    """Add a flag for each field of a dataclass that has a help text, or for those in `names`.
 
-    A parsed namespace has their defaults only `with_defaults`; the help text tells them either way.
+    A parsed namespace has their defaults only `with_defaults`; the help text shows them either way.
     """
     hints = typing.get_type_hints(settings)
     for item in fields(settings):
@@ -148,7 +148,7 @@ def _metavar(kind: type) -> str:
 
 
 def _help(setting: Mapping[str, Any], default: Any, per_stage: bool) -> str:
-    """A setting's help text, its limits but those that hold back nothing, and its default."""
+    """A setting's help text, its limits except those that only guard against typos, and its default."""
     text, notes = setting["help"].replace("%", "%%"), []
     if "high" in setting and setting["high"] <= LARGEST_TOLD:
         notes += [f"{setting['low']:g} to {setting['high']:g}" if "low" in setting else f"up to {setting['high']:g}"]
@@ -161,7 +161,7 @@ def _sizes(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size, nor sizes joined by commas") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size or a comma-separated list of sizes") from None
 
 
 def parse_train(argv: list[str] | None = None) -> tuple[Recipe, Runtime]:
@@ -170,7 +170,7 @@ def parse_train(argv: list[str] | None = None) -> tuple[Recipe, Runtime]:
     args = vars(parser.parse_args(argv))
     demo, name = args.pop("demo", False), args.pop("recipe", None)
     if demo and name not in (None, "demo"):
-        parser.error(f"--demo and --recipe {name} exclude each other")
+        parser.error(f"--demo and --recipe {name} cannot be combined")
     recipe = RECIPES["demo" if demo else name or ("cpu" if "images" in args else "original")]
     if recipe.name == "demo" and "images" not in args:
         args.setdefault("compile", False)  # which would take longer than the run
@@ -189,23 +189,23 @@ def parse_train(argv: list[str] | None = None) -> tuple[Recipe, Runtime]:
     except ValueError as error:
         parser.error(_with_flag(str(error), args))
     if demo and runtime.images:
-        parser.error("--demo draws its own pictures; for those of --images give --recipe demo")
+        parser.error("--demo draws its own pictures; with --images use --recipe demo")
     if recipe.fold is not None and (runtime.images or recipe.name == "demo"):
-        parser.error("--fold is one of STL-10's official folds: there are none of other pictures")
+        parser.error("--fold is one of STL-10's official folds: other pictures have none")
     world = distributed.world_size()
     for stage in recipe.stages:
         if stage.epochs and stage.batch % world:
-            parser.error(f"--batch {stage.batch} cannot be shared equally by {world} processes")
+            parser.error(f"--batch {stage.batch} cannot be divided equally among {world} processes")
     idle = idle_settings(recipe)
     idle |= {} if runtime.teacher else dict.fromkeys(("teacher_temperature", "label_share"), "without --teacher")
     idle |= {} if runtime.images else {"image_size": "without --images: STL-10's are 96 px"}
     for name in idle.keys() & args.keys():
-        parser.error(f"--{name.replace('_', '-')} is of no use {idle[name]}")
+        parser.error(f"--{name.replace('_', '-')} has no effect {idle[name]}")
     out = default_run_folder(recipe, runtime)
     refuse_among_pictures(parser, out, runtime.images)
     for path in (*runtime.teacher, *([Path(recipe.init)] if recipe.init else [])):
         if runtime.overwrite and files.lies_in(path, out):
-            parser.error(f"--overwrite starts over in {out}, where {path} lies, which the run learns from; see --out")
+            parser.error(f"--overwrite starts over in {out}, but the run learns from {path}, which is there; see --out")
     return recipe, runtime
 
 
@@ -239,11 +239,11 @@ def epoch_warnings(recipe: Recipe) -> Iterator[str]:
 def refuse_among_pictures(parser: argparse.ArgumentParser, out: Path, images: Path | None) -> None:
     """End the process with status 2 if a folder for output lies within the user's pictures."""
     if images and files.lies_in(out, images):
-        parser.error(f"the folder {out} lies within the pictures, {images}, and would be taken for a class; see --out")
+        parser.error(f"the folder {out} lies in the picture folder {images} and would be taken for a class; see --out")
 
 
 def _with_flag(sentence: str, args: Collection[str]) -> str:
-    """An error message with the field's name that it begins with replaced by the flag, if that flag was given."""
+    """An error message whose leading field name is replaced by its flag, if that flag was given."""
     name = sentence.split(" ")[0].rstrip(":")
     if name not in args:
         return sentence
@@ -253,7 +253,7 @@ def _with_flag(sentence: str, args: Collection[str]) -> str:
 
 
 def default_run_folder(recipe: Recipe, runtime: Runtime) -> Path:
-    """Where the run is kept: `--out`, or a name made of what tells it from others."""
+    """Where the run is kept: `--out`, or a name made of what distinguishes it from others."""
     images = f"{os.path.basename(os.path.realpath(runtime.images))}-" if runtime.images else ""
     fold = "" if recipe.fold is None else f"-fold{recipe.fold}"
     fold += "" if recipe.tune_fold is None else f"-tunefold{recipe.tune_fold}"
@@ -271,14 +271,14 @@ def machine_settings(parser: argparse.ArgumentParser, args: argparse.Namespace) 
 
 
 def expanded(paths: Iterable[Path]) -> list[Path]:
-    """The paths, and for a pattern that the shell has left as it is, as on Windows, the paths that it stands for."""
+    """The paths, each pattern that the shell left unexpanded, as on Windows, replaced by the paths that it matches."""
     return [match for path in paths for match in _matches(path)]
 
 
 def _matches(path: Path) -> list[Path]:
     if not glob.has_magic(str(path)) or os.path.lexists(path):
         return [path]
-    if os.path.isdir(path.parent):  # its name, which may have brackets, is no pattern
+    if os.path.isdir(path.parent):  # its name, which may have brackets, is not a pattern
         return [path.parent / name for name in sorted(glob.glob(path.name, root_dir=path.parent))] or [path]
     return [Path(match) for match in sorted(glob.glob(str(path)))] or [path]
 
@@ -286,10 +286,10 @@ def _matches(path: Path) -> list[Path]:
 def file_path(text: str) -> Path:
     """An argument's type: a path; an empty one is refused, as it would mean the current folder.
 
-    A ~ at its start is the home folder, also where no shell has replaced it, as in --out=~/run or on Windows.
+    A ~ at its start is the home folder, even where no shell has expanded it, as in --out=~/run or on Windows.
     """
     if not text.strip():
-        raise argparse.ArgumentTypeError("a path is expected, not an empty word")
+        raise argparse.ArgumentTypeError("expected a path, not an empty string")
     if os.path.lexists(text):
         return Path(text)
     return Path(os.path.expanduser(text))
@@ -299,7 +299,7 @@ def png_path(text: str) -> Path:
     """An argument's type: the path of a picture to be written."""
     path = file_path(text)
     if path.suffix.lower() != ".png":
-        raise argparse.ArgumentTypeError(f"PNG files are written: {text} should end in .png")
+        raise argparse.ArgumentTypeError(f"pictures are written as PNG: {text} should end in .png")
     return path
 
 

@@ -31,7 +31,7 @@ class CompiledForm(nn.Module):
 
     @property
     def compiles(self) -> bool:
-        """Whether steps are compiled: not where the machine does not, nor once compiling has failed."""
+        """Whether steps are compiled: not if the machine does not compile, nor once compiling has failed."""
         return self._compiled is not None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,9 +39,9 @@ class CompiledForm(nn.Module):
         return self.net(x) if self._compiled is None else self._compiled(x)
 
     def attempt(self, step: Callable[[], Result], shape: tuple[int, ...]) -> Result:
-        """Run `step`, a forward and a backward pass; if compiling for batches of `shape` fails, run it again without.
+        """Run `step`, a forward and backward pass; if compiling for batches of `shape` fails, run it again uncompiled.
 
-        One of several processes cannot: there RunError is raised. By then the step has changed only running statistics,
+        One of several processes cannot: it raises RunError. By then the step has changed only running statistics,
         which are restored, and gradients, which are cleared.
         """
         if self._compiled is None or shape in self._compiled_for:
@@ -58,7 +58,7 @@ class CompiledForm(nn.Module):
             for buffer, value in zip(self.net.buffers(), kept, strict=True):
                 buffer.copy_(value)
             self.net.zero_grad()
-            self.machine.note(f"compiling the step failed, so it goes on uncompiled, slower: {reason(error)}")
+            self.machine.note(f"compiling the step failed, so it goes on uncompiled and slower: {reason(error)}")
         else:
             self._compiled_for.add(shape)
             return result

@@ -1,4 +1,4 @@
-"""Whether a run goes on as it was begun: with the same settings, images and classes, and under the same conditions."""
+"""Whether a run continues as it began: with the same settings, images and classes, and under the same conditions."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,12 +13,12 @@ CONDITIONS = {"precision": "in {}", "processes": "by {} process(es)", "device": 
 
 
 def changes(state: Mapping[str, Any], recipe: Recipe, images: Mapping[str, Any], classes: Sequence[str]) -> list[str]:
-    """What is other than in a checkpoint's state and takes effect, in words; empty where the run may go on.
+    """What differs from a checkpoint's state and takes effect, in words; empty where the run may go on.
 
-    `images` is a fingerprint (see `images.fingerprint`). Raises what `MISMATCH_ERRORS` lists for a state of no run.
+    `images` is a fingerprint (see `images.fingerprint`). Raises what `MISMATCH_ERRORS` lists if `state` is not a run's.
     """
     now = {**flat(recipe.as_dict()), "images": images, "classes": list(classes)}
-    begun = Recipe.from_dict(state["recipe"]).as_dict()  # a setting that is newer than the state has its default
+    begun = Recipe.from_dict(state["recipe"]).as_dict()  # a setting that is newer than the state gets its default
     then = {**flat(begun), "images": state["images"], "classes": state["classes"]}
     if now["init"] and then["init"] and files.identity(Path(now["init"])) == files.identity(Path(then["init"])):
         then["init"] = now["init"]  # one file by two paths
@@ -31,7 +31,7 @@ def changes(state: Mapping[str, Any], recipe: Recipe, images: Mapping[str, Any],
 
 
 def conditions(machine: Machine) -> dict[str, Any]:
-    """What may be other when a run is continued, though it may change the result."""
+    """What may differ when a run is continued, though it may change the result."""
     return {
         "precision": PRECISIONS[machine.precision],
         "processes": machine.world,
@@ -41,7 +41,7 @@ def conditions(machine: Machine) -> dict[str, Any]:
 
 
 def other_conditions(state: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """A sentence for each of the `conditions` that a checkpoint's state records and that is another one now."""
+    """A sentence for each of the `conditions` that a checkpoint's state records and that differs now."""
     for name, words in CONDITIONS.items():
         then = state.get(name)
         if None not in (then, now[name]) and then != now[name]:

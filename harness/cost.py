@@ -1,4 +1,4 @@
-"""What a recipe costs: the arithmetic of its network, and the seconds to expect of it."""
+"""What a recipe costs: the arithmetic of its network, and how many seconds to expect."""
 
 import copy
 from collections.abc import Mapping
@@ -11,16 +11,16 @@ from harness.machine import Machine
 from harness.scoring import PIXELS
 from recipes import Recipe
 
-# What a training step costs on a CPU, to compare sizes and networks (see benchmark.py). It is two things: convolutions
+# What a training step costs on a CPU, to compare sizes and networks (see benchmark.py). It has two parts: convolutions
 # run at the speed of a matrix product, and whatever lies between them waits for memory.
 CPU_GFLOPS = {torch.bfloat16: 240.0, torch.float16: 65.0, torch.float32: 65.0}  # per core
-# Per core and number that a BatchNorm puts out: with LeakyReLU, forward and backward (fp32: on an older processor).
+# Per core and number that a BatchNorm outputs: with LeakyReLU, forward and backward (fp32: on an older processor).
 CPU_NORM_SECONDS = {torch.bfloat16: 1.5e-9, torch.float16: 6e-9, torch.float32: 6e-9}
 FORWARD_SHARE = 1 / 3  # of a training step's arithmetic: the backward pass costs twice the forward pass
 
 
 def modelled_rates(machine: Machine, recipe: Recipe, net: nn.Module) -> dict[int, float]:
-    """Rough samples per second of training at each of the recipe's sizes, by the arithmetic: only ratios count."""
+    """Rough samples per second of training at each of the recipe's sizes, from the arithmetic: only ratios matter."""
     sizes = {size for stage in recipe.stages for size in (*stage.crop_size, stage.eval_size)}
     return {size: _rate(machine, net, size) for size in sorted(sizes)}
 
@@ -42,7 +42,7 @@ def seconds_at_rates(
 
 
 def next_epoch_seconds(recipe: Recipe, epochs_done: int, train_seconds: float, rest_seconds: float = 0.0) -> float:
-    """Seconds to expect of the epoch after `epochs_done` finished ones, by what the last one's training and rest took.
+    """Expected seconds of the epoch after `epochs_done` finished ones, from what the last one's training and rest took.
 
     Both grow with the pixels. The rest is mostly scoring, whose pixels are those of every TTA form of an image.
     """
@@ -53,7 +53,7 @@ def next_epoch_seconds(recipe: Recipe, epochs_done: int, train_seconds: float, r
 
 
 def _rate(machine: Machine, net: nn.Module, size: int) -> float:
-    """Samples per second of training at `size` px: on a CPU of one core, on CUDA by a card of 1 GFLOP/s."""
+    """Samples per second of training at `size` px: on one CPU core, or on a CUDA card of 1 GFLOP/s."""
     gflop, norm_outputs = forward_cost(net, size)
     if machine.device.type == "cuda":
         return FORWARD_SHARE / gflop
@@ -68,9 +68,9 @@ def step_gflop(net: nn.Module, size: int) -> float:
 
 @torch.no_grad()
 def forward_cost(net: nn.Module, size: int) -> tuple[float, int]:
-    """Of a forward pass on one image of `size` px: GFLOP (multiply-add = 2), how many numbers the BatchNorms put out.
+    """GFLOP (multiply-add = 2) of a forward pass on one image of `size` px, and how many numbers the BatchNorms output.
 
-    By a copy of the network without memory or arithmetic.
+    Counted on a copy of the network, without memory or arithmetic.
     """
     outputs: list[int] = []
     twin = copy.deepcopy(net).to("meta").eval()

@@ -1,4 +1,4 @@
-"""A small picture set drawn by the program itself: ten shapes on cluttered ground.
+"""A small picture set drawn by the program itself: ten shapes on cluttered backgrounds.
 
 It stands in for the real files, to try a run without them. Every image has its own colours, place, size, tilt and
 background, so that only the shape identifies the class.

@@ -20,11 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 from harness import errors
 from harness.errors import RunError
 
-TIMEOUT = timedelta(minutes=5)  # for gradients: only a process that hangs needs as long
-# Followers wait for as long as the leader fetches data, opens a large folder of pictures, or validates and writes. One
+TIMEOUT = timedelta(minutes=5)  # for gradients: only a process that hangs takes that long
+# Followers wait while the leader fetches data, opens a large folder of pictures, or validates and writes. A process
 # that has ended is noticed at once.
 PATIENCE = timedelta(hours=12)
-_decisions: dist.ProcessGroup | None = None  # of all processes, by gloo
+_decisions: dist.ProcessGroup | None = None  # of all processes, over gloo
 
 
 class PeerLost(RunError):
@@ -32,7 +32,7 @@ class PeerLost(RunError):
 
 
 def rank_and_world() -> tuple[int, int, int]:
-    """Rank, number of processes, and rank on this machine, as torchrun says in the environment; without it 0, 1, 0.
+    """Rank, number of processes, and rank on this machine, as torchrun set them in the environment; without it 0, 1, 0.
 
     Raises RunError if some of them are missing.
     """
@@ -41,7 +41,7 @@ def rank_and_world() -> tuple[int, int, int]:
         return (int(os.environ["RANK"]), world, int(os.environ["LOCAL_RANK"])) if world > 1 else (0, 1, 0)
     except (KeyError, ValueError) as error:
         raise RunError(
-            "WORLD_SIZE is set, but RANK or LOCAL_RANK is no whole number; start with torchrun, or unset WORLD_SIZE"
+            "WORLD_SIZE is set, but RANK or LOCAL_RANK is not a whole number; start with torchrun, or unset WORLD_SIZE"
         ) from error
 
 
@@ -51,14 +51,14 @@ def world_size() -> int:
 
 
 def threads_while_others_wait() -> int:
-    """CPU threads for what the leader does while the others of its machine wait: theirs as well as its own."""
+    """CPU threads for what the leader does while the others on its machine wait: theirs as well as its own."""
     rank, world, _ = rank_and_world()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if world > 1 and not rank else 1
     return torch.get_num_threads() * here
 
 
 def join(device: torch.device) -> None:
-    """Join the other processes; from now on only the leader prints.
+    """Join the other processes; from then on only the leader prints.
 
     Raises PeerLost if they do not appear, RunError if the environment does not say where they meet.
     """
@@ -78,11 +78,11 @@ def join(device: torch.device) -> None:
 
 
 def _joined() -> bool:
-    return dist.is_available() and dist.is_initialized()  # PyTorch may have been built without
+    return dist.is_available() and dist.is_initialized()  # PyTorch may have been built without it
 
 
 def leave() -> None:
-    """Leave the group after an orderly end. After any other the end of the process does it, and cannot hang."""
+    """Leave the group after an orderly end. After any other, the end of the process does that, and cannot hang."""
     global _decisions
     if _joined():
         dist.destroy_process_group()
@@ -90,21 +90,21 @@ def leave() -> None:
 
 
 def end_process(status: int) -> NoReturn:
-    """End a command's process with its exit status; one of several ends at once, without the interpreter's own end.
+    """End a command's process with its exit status; one of several ends at once, without the interpreter's shutdown.
 
     DistributedDataParallel still holds the group, and with it gloo's threads, even after `leave`. A thread that
     releases a tensor while the interpreter shuts down is unwound by Python, and C++ then aborts the process.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # closed by the reader, or by whoever started us
+            with contextlib.suppress(OSError, ValueError):  # closed by the reader or the parent process
                 stream.flush()
         os._exit(status)
     errors.end_process(status)
 
 
 def parallel(net: nn.Module) -> nn.Module:
-    """`net`, wrapped to average gradients over the processes and use the leader's buffers; alone just `net`."""
+    """`net`, wrapped to average gradients over the processes and use the leader's buffers; just `net` if alone."""
     if not _joined():
         return net
     with peer_loss_reported():
@@ -131,9 +131,9 @@ def max_over_ranks(value: int) -> int:
 
 @contextlib.contextmanager
 def leader_first() -> Iterator[None]:
-    """The leader goes through the block before the others begin: what it fetches or removes, they find done.
+    """The leader goes through the block before the others begin: what it fetches or removes is done by then.
 
-    All leave it together, as the others may need long, too: where no cache can be written, each opens all pictures.
+    All leave it together, as the others may take long too: where no cache can be written, each opens all pictures.
     """
     rank, _, _ = rank_and_world()
     if rank:
@@ -145,20 +145,20 @@ def leader_first() -> Iterator[None]:
 
 
 def restarted_by() -> str:
-    """What has started this command again: "torchrun" (--max-restarts), "SLURM" (a requeued job), or "" for neither."""
+    """What restarted this command: "torchrun" (--max-restarts), "SLURM" (a requeued job), or "" for neither."""
     counts = {"torchrun": "TORCHELASTIC_RESTART_COUNT", "SLURM": "SLURM_RESTART_COUNT"}
     return next((name for name, variable in counts.items() if os.environ.get(variable, "0") != "0"), "")
 
 
 def require_same(values: Mapping[str, Any]) -> None:
-    """Raise RunError, in all processes, if one of these things is not the same in each: a file changed, or a machine's.
+    """Raise RunError, in all processes, if any value is not the same in each: a file changed, or machines differ.
 
-    A thing is compared by its `repr`.
+    Values are compared by their `repr`.
     """
     for name, value in values.items():
         number = int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:7])
         if max_over_ranks(number) != -max_over_ranks(-number):
-            raise RunError(f"the processes do not train together, as they have read different {name}; start them again")
+            raise RunError(f"the processes cannot train together, as they have read different {name}; start them again")
 
 
 def is_peer_loss(error: BaseException) -> bool:

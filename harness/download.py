@@ -1,6 +1,6 @@
 """Fetch the labelled part of STL-10: about 0.3 GB of the official 2.6 GB archive.
 
-The four labelled members come first in the archive, so that the transfer can end before the unlabelled images. Each is
+The four labelled members come first in the archive, so that the transfer can stop before the unlabelled images. Each is
 written under a temporary name, and renamed once it is checked. The connection is plain http: what protects the
 files are the checksums in `data.OFFICIAL`.
 """
@@ -34,13 +34,13 @@ STREAM_ERRORS = (OSError, EOFError, ValueError, zlib.error, tarfile.TarError, ht
 
 
 class _Broken(Exception):
-    """The archive is damaged or another one, or the connection has broken."""
+    """The archive is damaged or not the official one, or the connection broke."""
 
 
 def fetch(data_dir: Path, specs: Specs = LABELLED, url: str = URL, pauses: Sequence[float] = PAUSES) -> None:
     """Fetch those files of `specs` that are missing or wrong in `data_dir/stl10_binary/`.
 
-    An archive `data_dir/stl10_binary.tar.gz` is used instead of the network. A broken transfer is tried again after
+    An archive `data_dir/stl10_binary.tar.gz` is used instead of the network. A broken transfer is retried after
     each of `pauses` (seconds). Raises RunError if no attempt succeeds or the folder cannot be written; what is
     there by then is whole and checked.
     """
@@ -98,7 +98,7 @@ def _unpack(source: BinaryIO, folder: Path, specs: Specs, missing: set[str]) -> 
     try:
         with (
             tarfile.open(fileobj=source, mode="r|gz") as archive,
-            tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar,  # None: on a terminal alone
+            tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar,  # None: on a terminal only
         ):
             for member in archive:
                 name = members.get(member.name)
@@ -109,7 +109,7 @@ def _unpack(source: BinaryIO, folder: Path, specs: Specs, missing: set[str]) -> 
                 if name in missing:
                     _write(folder / name, content, specs[name])
                     missing.remove(name)
-                else:  # already there: read all the same, so that the bar moves on
+                else:  # already there: read anyway, so that the bar moves on
                     for _ in content:
                         pass
                 if not missing:

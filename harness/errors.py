@@ -1,4 +1,4 @@
-"""What the user can act on, how a command reports it, and what can go wrong before a command has begun."""
+"""Errors that the user can act on, how a command reports them, and what can go wrong before a command begins."""
 
 from __future__ import annotations  # so that a Python too old for the rest gets as far as saying so
 
@@ -33,9 +33,9 @@ NO_MEMORY = re.compile(
 OF_A_GPU = re.compile(r"CUDA|cudnn|FIND was unable", re.IGNORECASE)
 HARDWARE = re.compile(r"ECC error|unknown error|launch timed out|unavailable|GPU is lost")  # else it may be a bug
 AFTER_A_FAILURE = (
-    "start the same command again, in a notebook after a restart of the kernel: a run goes on after its last epoch"
+    "start the same command again (in a notebook, restart the kernel first): a run goes on after its last epoch"
 )
-PLACE_IN_SOURCE = re.compile(r"^\[enforce fail[^]]*] [^.]*\. ")  # compiled here, as later there may be no memory to
+PLACE_IN_SOURCE = re.compile(r"^\[enforce fail[^]]*] [^.]*\. ")  # compiled here, as later there may be no memory for it
 
 
 class RunError(Exception):
@@ -48,7 +48,7 @@ def reason(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an exception, or one in whose handling it was raised, says that the computer or its GPU lacks memory.
+    """Whether an exception, or one during whose handling it was raised, says that the computer or its GPU lacks memory.
 
     For the computer's memory PyTorch raises a plain RuntimeError, which only its message tells from others. A RunError
     does not count, as it already says what is wrong.
@@ -57,7 +57,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def _lack_of_memory(error: BaseException | None) -> BaseException | None:
-    """The exception itself or that behind it which is about memory."""
+    """The exception itself, or the one behind it, that is about memory."""
     while error is not None and not isinstance(error, RunError):
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, not imported here
             return error
@@ -72,7 +72,7 @@ def _lack_of_memory(error: BaseException | None) -> BaseException | None:
 
 @contextlib.contextmanager
 def memory_reported(what: Callable[[], str]) -> Iterator[None]:
-    """Raise RunError, which says what there is not enough memory for, if the block runs out of it."""
+    """Raise a RunError that says what there is not enough memory for, if the block runs out of it."""
     try:
         yield
     except Exception as error:
@@ -84,19 +84,19 @@ def memory_reported(what: Callable[[], str]) -> Iterator[None]:
 def before_imports() -> None:
     """Prepare a command's process for its heavy imports, which take seconds: to be called before them.
 
-    Until `report` takes over, Ctrl-C ends the process without a word, as there is nothing to save nor to explain. An
-    older Python, a package that is missing, too little memory for the imports, and a TQDM_… variable or a matplotlibrc
-    that cannot be used are one line and status 1.
+    Until `report` takes over, Ctrl-C ends the process without a word, as there is nothing to save or explain. A Python
+    that is too old, a missing package, too little memory for the imports, and a TQDM_… variable or a matplotlibrc that
+    cannot be used are reported in one line, with status 1.
     """
-    # not where a shell has it ignored, after `&`, nor in a notebook or at a Python prompt, which it would end
+    # not where a shell ignores it, after `&`, nor in a notebook or at a Python prompt, which it would end
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler and not in_a_session():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.version_info < OLDEST_PYTHON:
         oldest, this = (".".join(map(str, version[:2])) for version in (OLDEST_PYTHON, sys.version_info))
-        sys.exit(_fail(f"this needs Python {oldest} or newer, and here is {this}; use another environment"))
+        sys.exit(_fail(f"this needs Python {oldest} or newer, but this is {this}; use another environment"))
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        way_out = "activate the environment that has been made for it, or pip install -r requirements.txt"
+        way_out = "activate the environment made for it, or pip install -r requirements.txt"
         sys.exit(_fail(f"{' and '.join(missing)} cannot be imported by {sys.executable}: {way_out}"))
     sys.excepthook = _report_memory
     os.environ["MATPLOTLIBRC"] = os.devnull  # plots have their own style: a user's settings do not matter
@@ -104,13 +104,13 @@ def before_imports() -> None:
     try:
         from tqdm import tqdm
 
-        tqdm.monitor_interval = 0  # no thread beside ours
-        tqdm.set_lock(threading.RLock())  # nor a process that looks after a semaphore
+        tqdm.monitor_interval = 0  # no thread besides ours
+        tqdm.set_lock(threading.RLock())  # nor a process that tracks semaphores
         tqdm.format_meter(0, 1, 0.0, bar_format=os.environ.get("TQDM_BAR_FORMAT"))  # or the next line's bar complains
         tqdm(total=1, file=io.StringIO(), disable=False).close()
-    except (KeyError, ValueError, IndexError) as error:  # tqdm reads its variables at the import, and uses some later
+    except (KeyError, ValueError, IndexError) as error:  # tqdm reads its variables on import, and uses some later
         names = ", ".join(sorted(name for name in os.environ if name.startswith("TQDM_")))
-        sys.exit(_fail(f"tqdm cannot use what the environment says in {names} ({reason(error)}); unset it"))
+        sys.exit(_fail(f"tqdm cannot use {names} from the environment ({reason(error)}); unset it"))
 
 
 def in_a_session() -> bool:
@@ -119,7 +119,7 @@ def in_a_session() -> bool:
 
 
 def _require_readable_matplotlibrc() -> None:
-    """End in one line where matplotlib's import would fail at the current folder's settings, which come first."""
+    """Exit with one line where importing matplotlib would fail on the current folder's settings, which come first."""
     try:
         Path("matplotlibrc").read_text(encoding="utf-8")
     except OSError:  # there is none
@@ -139,15 +139,15 @@ def report(main: Callable[[], int | None]) -> int:
     """Run a command's `main` and return its exit status; what the user can act on becomes one line on stderr.
 
     The status is 1 then, 130 after Ctrl-C. Other exceptions are bugs and keep their traceback. What stdout and stderr
-    cannot encode is printed in escapes.
+    cannot encode is printed as escapes.
     """
     codecs.register_error("escape", _escaped)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed by whoever started us (`2>&-`)
+        if stream is None:  # closed by the parent process (`2>&-`)
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-        elif hasattr(stream, "reconfigure"):  # a notebook's have none
-            with contextlib.suppress(OSError):  # closed, full: the first print will say it
+        elif hasattr(stream, "reconfigure"):  # a notebook's cannot
+            with contextlib.suppress(OSError):  # closed, full: the first print will say so
                 stream.reconfigure(errors="escape")
     try:
         with _interrupts_raised():
@@ -160,9 +160,9 @@ def report(main: Callable[[], int | None]) -> int:
         status = stop.code
     except Exception as error:
         if is_out_of_memory(error):
-            traceback.clear_frames(error.__traceback__)  # what the work held: to say so takes memory, too
+            traceback.clear_frames(error.__traceback__)  # what the work held: reporting takes memory too
             status = _fail(_no_memory(error))
-        elif isinstance(error, OSError):  # of a file that nobody foresaw trouble with, or of a print
+        elif isinstance(error, OSError):  # from a file that nobody expected trouble with, or a print
             status = _fail(_cause(error))
         elif type(error).__name__ == "AcceleratorError" and HARDWARE.search(str(error)):  # torch's
             status = _fail(f"the GPU failed ({reason(error)}); {AFTER_A_FAILURE}")
@@ -177,13 +177,13 @@ def report(main: Callable[[], int | None]) -> int:
 
 
 def end_process(status: int) -> NoReturn:
-    """End a command's process with the exit status of `report`; what a signal has stopped ends by that signal.
+    """End a command's process with the exit status of `report`; a command that a signal stopped ends by that signal.
 
-    A shell that runs commands in a loop goes on with the next one where Ctrl-C has merely led to a status.
+    A shell that runs commands in a loop goes on with the next one if Ctrl-C merely leads to a status.
     """
     if status - 128 in (signal.SIGINT, signal.SIGTERM) and not in_a_session():
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # closed by the reader, or by whoever started us
+            with contextlib.suppress(OSError, ValueError):  # closed by the reader or the parent process
                 stream.flush()
         die_of(status - 128)
     sys.exit(status)
@@ -192,7 +192,7 @@ def end_process(status: int) -> NoReturn:
 def die_of(number: int) -> None:
     """End the process as the signal `number` by itself would.
 
-    This returns in process 1 of a container, which its own signals spare, and on Windows, where they end it with the
+    This returns in process 1 of a container, which ignores its own signals, and on Windows, where they end it with the
     number as its status.
     """
     if os.name != "nt":
@@ -221,8 +221,8 @@ def _no_memory(error: BaseException) -> str:
     lack = _lack_of_memory(error)
     words = PLACE_IN_SOURCE.sub("", reason(lack))
     if type(lack).__name__ == "OutOfMemoryError" or OF_A_GPU.search(words):
-        return f"the GPU has not enough memory ({words}); end what else runs on it, or use --device cpu"
-    return f"there is not enough memory ({words}); end other programs, or use a machine that has more"
+        return f"the GPU does not have enough memory ({words}); stop other programs on it, or use --device cpu"
+    return f"there is not enough memory ({words}); stop other programs, or use a machine that has more"
 
 
 def _cause(error: OSError) -> str:

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there at all, and folders that one process at a time fills."""
+"""Files that are either whole or not there at all, and folders that only one process at a time fills."""
 
 import contextlib
 import errno
@@ -21,20 +21,20 @@ from harness.errors import RunError, reason
 
 LOCK_FILE = ".lock"
 STALE = 3600.0  # seconds since a temporary file was last written to
-# Seconds between tries to replace a file: on Windows none is replaced that anyone has open, a virus scanner or Excel.
+# Seconds between tries to replace a file: Windows replaces none that a program has open, say a virus scanner or Excel.
 PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6) if os.name == "nt" else ()
 NO_ROOM = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path, keep: Path | None = None) -> Iterator[Path]:
-    """Yield a temporary path; what was written there takes the place of `path` at once, or not at all.
+    """Yield a temporary path; what is written there replaces `path` in one step, or not at all.
 
     A file that is replaced keeps its mode (not on Windows) and, where the system permits, its owner; for a link, its
-    target is replaced. What cannot be replaced is written into instead: a device, a pipe, this process's own output, a
-    file that is mounted by itself or lies in a folder where none can be created. With `keep`, the older file is kept
-    under that name, and links are not followed. Raises RunError naming path and cause if writing fails, as on a full
-    disk.
+    target is replaced. Targets that cannot be replaced are written into instead: a device, a pipe, this process's own
+    output, a file that is mounted by itself or lies in a folder where no file can be created. With `keep`, the
+    older file is kept under that name, and links are not followed. Raises RunError naming path and cause if writing
+    fails, as on a full disk.
     """
     temporary = None
     try:
@@ -55,7 +55,7 @@ def atomic_write(path: Path, keep: Path | None = None) -> Iterator[Path]:
 
 
 def _replaceable(path: Path) -> Path | None:
-    """The plain file, there or not yet, that the links of `path` lead to; None for what can only be written into."""
+    """The plain file, existing or not, that the links of `path` lead to; None if `path` can only be written into."""
     target = Path(os.path.realpath(path))
     try:
         status = path.stat()
@@ -68,16 +68,16 @@ def _replaceable(path: Path) -> Path | None:
 
 
 def _own_output(status: os.stat_result) -> int | None:
-    """The descriptor by which this process prints into that very file, if it does."""
+    """The descriptor through which this process prints into that very file, if it does."""
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):  # closed
-            if status.st_ino and os.path.samestat(status, os.fstat(descriptor)):  # some Windows volumes number no file
+            if status.st_ino and os.path.samestat(status, os.fstat(descriptor)):  # 0 on some Windows volumes
                 return descriptor
     return None
 
 
 def _new_file(target: Path | None) -> Path:
-    """Create an empty file, of a name that no other process uses, beside `target` if there is one."""
+    """Create an empty file, with a name that no other process uses, beside `target` if there is one."""
     folder, name = (target.parent, target.name[:40]) if target is not None else (Path(tempfile.gettempdir()), "output")
     _remove_stale(folder, name)
     return _create(folder, name)
@@ -90,7 +90,7 @@ def _create(folder: Path, name: str) -> Path:
 
 
 def _remove_stale(folder: Path, name: str) -> None:
-    """Remove what killed processes left of this file long ago; what another one is writing at present stays."""
+    """Remove what killed processes left of this file long ago; what another process is writing now stays."""
     for path in folder.glob(f".{glob.escape(name)}.????????.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > STALE:
@@ -109,11 +109,11 @@ def _replace(target: Path, temporary: Path, keep: Path | None) -> None:
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise
-        _write_into(target, temporary)  # a file that is mounted alone, as containers have them
+        _write_into(target, temporary)  # a file that is mounted by itself, as in containers
 
 
 def rename(path: Path, target: Path) -> None:
-    """Rename a file, replacing what has the new name; on Windows, try again while a program has one of them open."""
+    """Rename a file, replacing any existing file; on Windows, try again while a program has one of them open."""
     for pause in PAUSES:
         try:
             return os.replace(path, target)
@@ -123,16 +123,16 @@ def rename(path: Path, target: Path) -> None:
 
 
 def _copy_rights(status: os.stat_result, path: Path) -> None:
-    with contextlib.suppress(OSError, AttributeError):  # to give a file away takes root, and a system with owners
+    with contextlib.suppress(OSError, AttributeError):  # giving a file away takes root, and a system with owners
         os.chown(path, status.st_uid, status.st_gid)
     with contextlib.suppress(OSError):
-        if os.name != "nt":  # where a read-only file could not be renamed, nor removed
+        if os.name != "nt":  # where a read-only file could not be renamed or removed
             os.chmod(path, stat.S_IMODE(status.st_mode))
 
 
 def _write_into(path: Path, temporary: Path) -> None:
     own = _own_output(path.stat())
-    if own is not None:  # behind what has been printed
+    if own is not None:  # after what has been printed
         sys.stdout.flush()
         sys.stderr.flush()
     with open(temporary, "rb") as content, open(path if own is None else os.dup(own), "wb") as output:
@@ -153,13 +153,13 @@ def try_to_write_in(folder: Path) -> None:
 
 
 def identity(path: Path) -> object:
-    """What two paths have in common exactly if they lead to the same file or folder, however their names are written.
+    """A value that two paths share exactly if they lead to the same file or folder, however their names are written.
 
-    Some file systems ignore case, or how letters are composed; where nothing is yet, that is assumed.
+    Some file systems ignore case, or how letters are composed; where nothing exists yet, that is assumed.
     """
     with contextlib.suppress(OSError):
         status = os.stat(path)
-        if status.st_ino:  # some Windows volumes number no file
+        if status.st_ino:  # 0 on some Windows volumes
             return status.st_dev, status.st_ino
     return unicodedata.normalize("NFC", os.path.realpath(path)).casefold()
 
@@ -171,7 +171,7 @@ def lies_in(path: Path, folder: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file (UTF-8, with escapes for bytes of names that are not) as a whole. Raises RunError."""
+    """Replace a text file (UTF-8, with escapes for bytes in names that are not) as a whole. Raises RunError."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -212,5 +212,5 @@ def _acquire(lock: filelock.BaseFileLock, folder: Path, wait: bool) -> None:
     except filelock.Timeout:
         if not wait:
             raise RunError(f"another run is using {folder}; wait for it or choose another with --out") from None
-        print(f"waiting for another process that fills {folder} …", file=sys.stderr, flush=True)
+        print(f"waiting for another process that is filling {folder} …", file=sys.stderr, flush=True)
         lock.acquire()

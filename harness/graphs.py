@@ -1,7 +1,7 @@
 """CUDA graphs: what a step launches is recorded once and then launched as one.
 
-On a GPU a step is hundreds of kernels of a few microseconds, and Python needs longer to launch each than it takes to
-run. A graph launches all of them at once. It needs no compiler, so it helps where `torch.compile` cannot.
+On a GPU a step is hundreds of kernels of a few microseconds, and Python takes longer to launch each than the GPU to
+run it. A graph launches all of them at once. It needs no compiler, so it helps where `torch.compile` cannot.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from harness.errors import is_out_of_memory, reason
 from harness.machine import Machine
 
 Result = TypeVar("Result")
-# eager calls before a function is captured: kernels are compiled and chosen, optimisers make their states
+# eager calls before a function is captured: kernels are compiled and chosen, optimisers create their states
 WARM_CALLS = 3
 
 
@@ -24,7 +24,7 @@ class Graphs:
 
     A function's effects on tensors that outlive the call (weights, optimiser states) are part of its graph, so these
     must stay where they are: after anything that replaces them, `forget` the graphs. What a function returns is
-    overwritten by its next call. A failed capture executes nothing, and the function is then called as elsewhere.
+    overwritten by its next call. A failed capture executes nothing, and the function is then just called.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -37,15 +37,15 @@ class Graphs:
         """Drop all graphs, and with them their memory."""
         self._graphs: dict[Hashable, _Graph] = {}
         self._calls: dict[Hashable, int] = {}
-        # Where graphs read their inputs: those of one function and shapes in one place, as each call fills it anew.
+        # Where graphs read their inputs: one place for each function and shapes, as each call refills it.
         self._inputs: dict[Hashable, list[Tensor]] = {}
         # Memory and a stream of their own: the default stream of captures has one workspace for all, which graphs of
-        # another run in this process would take along when they go.
+        # another run in this process would take with them when they go.
         self._pool: Any = None
         self._stream: Any = None
 
     def keep_only(self, size: int) -> None:
-        """Drop the graphs of another size of views."""
+        """Drop the graphs for views of any other size."""
         if size != self._size:
             self.forget()
         self._size = size
@@ -73,29 +73,29 @@ class Graphs:
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # or the capture's would stay the current one
             _stop_recording(self._pool)
-            self.forget()  # plain calls need less memory, and the pool may be of no more use
+            self.forget()  # plain calls need less memory, and the pool may no longer be usable
             self._refused.add(function.__name__)
             what, why = function.__name__.replace("_", " "), reason(error.__context__ or error)
-            self.machine.note(f"{what} could not be captured as a CUDA graph ({why}): it is slower without")
-        if function.__name__ in self._refused:  # called out here, where the exception holds no memory any more
+            self.machine.note(f"{what} could not be captured as a CUDA graph ({why}), so it runs slower")
+        if function.__name__ in self._refused:  # called out here, where the exception no longer holds memory
             return function(*tensors, *constants)
         return self._graphs[key].replay(tensors)
 
     def making_room(self, work: Callable[[], Result]) -> Result:
-        """`work()`; where that lacks memory, again without the graphs, whose memory nothing else can use."""
+        """`work()`; if that runs out of memory, again without the graphs, whose memory nothing else can use."""
         try:
             return work()
         except RuntimeError as error:
             if not (self._graphs and is_out_of_memory(error)):
                 raise
-        self.forget()  # out here, where the exception holds no memory any more
+        self.forget()  # out here, where the exception no longer holds memory
         return work()
 
 
 def _stop_recording(pool: Any) -> None:
     """End an allocator's recording into the pool of a failed capture, which PyTorch before 2.14 may leave running.
 
-    Meanwhile it would free no cached memory (PyTorch issue 180395).
+    While recording, it would free no cached memory (PyTorch issue 180395).
     """
     # it has ended already, or this PyTorch has other functions, or no CUDA
     with contextlib.suppress(RuntimeError, AttributeError, TypeError, AssertionError):
@@ -105,7 +105,7 @@ def _stop_recording(pool: Any) -> None:
 
 
 class _Graph:
-    """One captured call: `replay` copies its inputs to where the graph reads them, and gives what it computes."""
+    """One captured call: `replay` copies its inputs to where the graph reads them, and returns what it computes."""
 
     def __init__(
         self, function: Callable[..., Any], inputs: list[Tensor], constants: tuple, pool: Any, stream: Any

@@ -1,4 +1,4 @@
-"""Which images a run is about: STL-10's, the demo's, or a folder of the user's own; which train and which validate."""
+"""A run's images: STL-10's, the demo's, or a folder of the user's own; which train and which validate."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from recipes import DEMO, Recipe
 
 
 class Source(NamedTuple):
-    """Where images are: in `data_dir`, or where one is given in the picture folder `images`."""
+    """Where images are: in `data_dir`, or in the picture folder `images` if one is given."""
 
     data_dir: Path
     images: Path | None
@@ -27,8 +27,8 @@ class Source(NamedTuple):
 def load_images(recipe: Recipe, data_dir: Path, images: Path | None = None, *, fetch: bool = True) -> Split:
     """A recipe's images, those that train and those that validate (none with train_on all).
 
-    They come from the folder `images` if one is given, else from `data_dir`; official files that are missing there
-    are fetched first, with `fetch`. Raises RunError.
+    They come from the folder `images` if one is given, else from `data_dir`; with `fetch`, official files that are
+    missing there are fetched first. Raises RunError.
     """
     dataset = _read(recipe, data_dir, images, fetch)
     return Split(dataset, *split_by(recipe, dataset, data_dir))
@@ -51,7 +51,7 @@ def _read(recipe: Recipe, data_dir: Path, images: Path | None, fetch: bool) -> D
 
 
 def split_by(recipe: Recipe, dataset: DataSet, data_dir: Path) -> tuple[Tensor, Tensor]:
-    """The int64 indices of a data set's images that train by a recipe, and of those that validate.
+    """The int64 indices of a data set's images that train under a recipe, and of those that validate.
 
     The file of the official folds is looked for in `data_dir`. Raises RunError.
     """
@@ -72,11 +72,11 @@ def split_by(recipe: Recipe, dataset: DataSet, data_dir: Path) -> tuple[Tensor, 
 
 
 def _require_per_class(least: int, dataset: DataSet, indices: Tensor, need: str) -> None:
-    """Raise RunError that names a class of fewer than `least` of the images `indices`."""
+    """Raise a RunError that names a class with fewer than `least` of the images `indices`."""
     counts = dataset.labels[indices].bincount(minlength=len(dataset.classes)).tolist()
     for name, count in zip(dataset.classes, counts, strict=True):
         if count < least:
-            pictures = "one picture only" if count == 1 else f"{count} pictures only"
+            pictures = "only one picture" if count == 1 else f"only {count} pictures"
             raise RunError(f"class {name} has {pictures}; {need}")
 
 
@@ -84,7 +84,7 @@ def load_test_images(trained: TrainedNetwork, source: Source) -> DataSet:
     """The test images for a trained network: the official files', the demo's, or those of `source.images`/test.
 
     Nothing is fetched. Raises RunError if there are none, if they have other classes, and where the pictures beside
-    them are not those that the network was trained with, since it may then have learnt some that lie in test today.
+    them are not those that the network was trained with, since it may then have learnt some that are in test today.
     """
     _require_folder(trained, source)
     if source.images is not None:
@@ -94,7 +94,7 @@ def load_test_images(trained: TrainedNetwork, source: Source) -> DataSet:
             if known != trained.images:
                 raise RunError(
                     f"the pictures in {source.images} are not those that this network was trained with, so it may have "
-                    "learnt some of test; name the right folder with --images, or one that holds test alone"
+                    "learnt some of test; name the right folder with --images, or one that holds only test"
                 )
     elif trained.recipe.name == DEMO.name:
         dataset = demo_shapes.load("test")
@@ -103,7 +103,7 @@ def load_test_images(trained: TrainedNetwork, source: Source) -> DataSet:
     if dataset.classes != trained.classes:
         raise RunError(
             f"the test images in {source.images or source.data_dir} have the classes {', '.join(dataset.classes)}, "
-            f"the network {', '.join(trained.classes)}; name their folder with --images"
+            f"but the network has {', '.join(trained.classes)}; name their folder with --images"
         )
     return dataset
 
@@ -112,13 +112,13 @@ def recorded_source(path: Path, data_dir: Path | None = None, images: Path | Non
     """Where the images of a checkpoint or run folder are: as the user says, else as its `config.json` says.
 
     Without such a file, or where the data folder that it names is gone, it is where `train.py` looks by default; a
-    picture folder that is gone is as good as none. A `data_dir` from the user means no picture folder.
+    picture folder that is gone counts as none. A `data_dir` from the user means no picture folder.
     """
     config = (path if path.is_dir() else path.parent) / "config.json"
     try:
         runtime = json.loads(config.read_text(encoding="utf-8"))["runtime"]
         recorded = Source(Path(runtime["data_dir"]), Path(runtime["images"]) if runtime.get("images") else None)
-        if not os.path.isdir(recorded.data_dir):  # brought here from another machine: its paths are not ours
+        if not os.path.isdir(recorded.data_dir):  # copied here from another machine: its paths are not ours
             recorded = recorded._replace(data_dir=Runtime.data_dir)
         if recorded.images and not os.path.isdir(recorded.images):
             recorded = recorded._replace(images=None)
@@ -128,7 +128,7 @@ def recorded_source(path: Path, data_dir: Path | None = None, images: Path | Non
 
 
 def fingerprint(split: Split) -> dict[str, int | str]:
-    """What a checkpoint keeps to know its images again: how many train and validate, and the digest of a user's own."""
+    """What a checkpoint keeps to recognise its images: how many train and validate, and the digest of a user's own."""
     digest = {"digest": split.dataset.digest} if split.dataset.digest else {}
     return {"train": len(split.train), "val": len(split.val)} | digest
 

@@ -13,7 +13,7 @@ from harness import distributed, errors
 from harness.text import duration
 
 STOPPED_BY_TIME = 3  # exit status
-# Seconds in which one and the same request to stop may come twice: torchrun passes on what a terminal has sent to all
+# Seconds within which the same request to stop may come twice: torchrun passes on what a terminal has sent to all
 # processes already, and a notebook's Stop goes both to a command that a cell runs and to its group of processes.
 TORCHRUN_ECHO, ECHO = 3.0, 0.5
 
@@ -25,7 +25,7 @@ class Stopped(Exception):
 class Interrupt:
     """Notes SIGINT and SIGTERM for the end of the step, and watches the time limit.
 
-    `max_minutes`: 0 is no limit; counted from when this is made.
+    `max_minutes`: 0 means no limit; counted from when this object is created.
     """
 
     def __init__(self, max_minutes: float, world: int) -> None:
@@ -36,9 +36,9 @@ class Interrupt:
     def listening(self) -> Iterator[None]:
         """Meanwhile a signal is noted, and only a second one ends the process at once (in a session: the command).
 
-        One that is ignored, as a shell has Ctrl-C for what it runs in the background, stays so.
+        A signal that is ignored, as a shell has Ctrl-C ignored for background jobs, stays ignored.
 
-        Outside the main thread, where Python allows no handler, signals keep the effect that they have.
+        Outside the main thread, where Python allows no handler, signals keep their current effect.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -51,7 +51,7 @@ class Interrupt:
         try:
             yield
         finally:
-            if self.world == 1:  # to one of torchrun's processes an echo may come for seconds
+            if self.world == 1:  # an echo may reach one of torchrun's processes seconds later
                 time.sleep(max(0.0, self._came + ECHO - time.monotonic()))
                 for number, handler in before.items():
                     signal.signal(number, handler or signal.SIG_DFL)
@@ -70,13 +70,13 @@ class Interrupt:
         """Raise Stopped if a signal has come."""
         if self.received:
             lost = "; the epoch in flight is dropped" if epoch_in_flight else ""
-            raise Stopped(f"{signal.Signals(self.received).name} came{lost}", 128 + self.received)
+            raise Stopped(f"{signal.Signals(self.received).name} received{lost}", 128 + self.received)
 
     def shortage(self, seconds: float) -> str:
         """What to say before the first epoch, which is trained in any case, if one takes `seconds`; "" if it fits."""
         if time.monotonic() + seconds <= self.deadline:
             return ""
-        return f"an epoch takes {duration(seconds)}, more than --max-minutes {self.max_minutes:g} leaves: one is made"
+        return f"an epoch takes {duration(seconds)}, more than --max-minutes {self.max_minutes:g} leaves: one is run"
 
     def stop_if_out_of_time(self, seconds: float) -> None:
         """Raise Stopped if an epoch of `seconds`, or of what any other process expects, would end too late.

@@ -36,8 +36,8 @@ LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # PyTorch reads it at a process's first te
 class Machine:
     """A device that has been set up, the precision used on it, whether steps are compiled, and captured as graphs.
 
-    Of `world` processes that train together this is number `rank`; number 0 leads. `notes` say what is other than
-    planned, a sentence each.
+    Of `world` processes that train together this is number `rank`; number 0 leads. `notes` say what differs from
+    the plan, a sentence each.
     """
 
     device: torch.device
@@ -59,7 +59,7 @@ class Machine:
         return f"{_cpu_name()}, {counted(torch.get_num_threads(), 'thread')}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as they stand in `config.json` and `summary.json`."""
+        """Plain values, as they appear in `config.json` and `summary.json`."""
         return {
             "machine": self.name,
             "device": str(self.device),
@@ -72,7 +72,7 @@ class Machine:
         }
 
     def note(self, sentence: str) -> None:
-        """Print what is other than planned, and keep it for `config.json` and `summary.json`."""
+        """Print what differs from the plan, and keep it for `config.json` and `summary.json`."""
         if self.leads and sentence not in self.notes:
             self.notes.append(sentence)
             print(f"note: {sentence}", flush=True)
@@ -96,7 +96,7 @@ class Machine:
         """The images on the device, or left where they are if they would take more than half of its free memory."""
         if self.device.type != "cuda":
             return images
-        gc.collect()  # in a notebook the run before may still hold memory
+        gc.collect()  # in a notebook the previous run may still hold memory
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(self.device)
         if images.nbytes <= IMAGES_SHARE * free:
@@ -117,7 +117,7 @@ def autocast(device: torch.device, precision: torch.dtype | None) -> contextlib.
 def start_machine(runtime: Runtime) -> Machine:
     """Choose and set up the device; under torchrun, meet the other processes.
 
-    Raises RunError if the device is not there or cannot be used, or if another process is not there.
+    Raises RunError if the device is missing or cannot be used, or if another process is missing.
     """
     rank, world, local_rank = distributed.rank_and_world()
     device = choose_device(runtime.device)
@@ -128,7 +128,7 @@ def start_machine(runtime: Runtime) -> Machine:
         cards = torch.cuda.device_count()
         if local_rank >= cards:
             raise RunError(
-                f"each process takes a GPU of its own, and this machine has {cards}: torchrun --nproc-per-node {cards}"
+                f"each process takes a GPU of its own, but this machine has {cards}: torchrun --nproc-per-node {cards}"
             )
         device = choose_device(f"cuda:{local_rank}")
     own = own_threads()  # noted before the first run changes them
@@ -136,14 +136,14 @@ def start_machine(runtime: Runtime) -> Machine:
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
     if device.type == "cuda":
-        _try_kernel(device)  # before set_device, which may fail where another program has the card for itself
+        _try_kernel(device)  # before set_device, which may fail where another program has the card to itself
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = not runtime.deterministic  # sizes are static: the search pays at once
+        torch.backends.cudnn.benchmark = not runtime.deterministic  # sizes are static: the search pays off at once
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 was asked for
         torch.backends.cudnn.allow_tf32 = True
     else:
         _keep_memory()
-    if runtime.deterministic != torch.are_deterministic_algorithms_enabled():  # by the run before, in a notebook
+    if runtime.deterministic != torch.are_deterministic_algorithms_enabled():  # by the previous run, in a notebook
         torch.use_deterministic_algorithms(runtime.deterministic)  # which imports the compiler: seconds
     if runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -164,10 +164,10 @@ def start_machine(runtime: Runtime) -> Machine:
 
 @functools.cache
 def own_threads() -> int:
-    """This process's CPU threads before its first run: a notebook's next run must not have this one's --threads.
+    """This process's CPU threads before its first run: a notebook's next run must not inherit this one's --threads.
 
-    PyTorch counts the cores that it sees. In a container that may use fewer, as many threads would hold each other up,
-    so there are fewer, unless OMP_NUM_THREADS says how many.
+    PyTorch counts the cores that it sees. In a container that may use fewer, that many threads would hold each other
+    up, so there are fewer, unless OMP_NUM_THREADS says how many.
     """
     threads = torch.get_num_threads()
     return threads if "OMP_NUM_THREADS" in os.environ else min(threads, usable_cores())
@@ -181,7 +181,7 @@ def usable_cores() -> int:
 
 
 def cpu_quota(groups: Path) -> float | None:
-    """How many CPUs this container may use, by Linux's control groups of either version; None is no limit."""
+    """How many CPUs this container may use, by Linux's control groups of either version; None means no limit."""
     files = ([groups / "cpu.max"], [groups / "cpu" / f"cpu.cfs_{name}_us" for name in ("quota", "period")])
     for version in files:
         with contextlib.suppress(OSError, ValueError):  # not of this version, or "max"
@@ -191,7 +191,7 @@ def cpu_quota(groups: Path) -> float | None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a name that `Runtime` takes, a CUDA device with its index; `auto` takes CUDA where there is any.
+    """The device for a name that `Runtime` takes, a CUDA device with its index; `auto` uses CUDA if available.
 
     Raises RunError if there is no such device here.
     """
@@ -202,7 +202,7 @@ def choose_device(name: str) -> torch.device:
     if why and name == "auto":
         if driver:
             print(
-                f"warning: there is an NVIDIA driver, but PyTorch cannot use it, so the CPU trains: {why}",
+                f"warning: there is an NVIDIA driver, but PyTorch cannot use it, so the CPU is used: {why}",
                 file=sys.stderr,
             )
         return torch.device("cpu")
@@ -222,14 +222,14 @@ def _why_no_cuda() -> tuple[str, bool]:
     if caught:
         return reason(caught[0].message), driver
     if not (torch.version.cuda or torch.version.hip):
-        return "PyTorch was built without CUDA (pip uninstall torch, then a build with it: pytorch.org)", driver
+        return "PyTorch was built without CUDA (pip uninstall torch, then install one with it: pytorch.org)", driver
     return "PyTorch sees no CUDA device here", driver
 
 
 def _try_kernel(device: torch.device) -> None:
     """Raise RunError if the device cannot run this PyTorch's kernels."""
     major, minor = torch.cuda.get_device_capability(device)
-    names = [name for name in torch.cuda.get_arch_list() if name.startswith(("sm_", "compute_"))]  # AMD's are others
+    names = [name for name in torch.cuda.get_arch_list() if name.startswith(("sm_", "compute_"))]  # AMD's differ
     built_for = [name.split("_") for name in names]
     capabilities = [(kind, int(n.rstrip("af")[:-1]), int(n.rstrip("af")[-1])) for kind, n in built_for]
     runs = any(
@@ -245,10 +245,10 @@ def _try_kernel(device: torch.device) -> None:
             return
     except RuntimeError as error:
         if is_out_of_memory(error):
-            raise RunError(f"{name} has no free memory: end what else runs on it, or use --device cpu") from error
+            raise RunError(f"{name} has no free memory: stop other programs on it, or use --device cpu") from error
         why = reason(error)
         if capabilities:  # this build has its kernels, so another build would not help
-            raise RunError(f"{name} cannot be used: {why}; end what else runs on it, or use --device cpu") from error
+            raise RunError(f"{name} cannot be used: {why}; stop other programs on it, or use --device cpu") from error
     oldest = min(((its_major, its_minor) for _, its_major, its_minor in capabilities), default=(0, 0))
     # of the versions that this project runs with, the builds for CUDA 12.6 have the kernels for the oldest cards
     build = "its build for CUDA 12.6" if (major, minor) < oldest else "a newer build"
@@ -268,7 +268,7 @@ def _precision(device: torch.device, wanted: str) -> torch.dtype:
 
 
 def _has_tensor_cores(device: torch.device) -> bool:
-    """Whether a card has them: some say capability 7.5 and have none, and give NaN in fp16 (PyTorch issue 58123)."""
+    """Whether a card has them: some report capability 7.5 but have none, and give NaN in fp16 (PyTorch issue 58123)."""
     new_enough = torch.cuda.get_device_capability(device) >= TENSOR_CORES
     return new_enough and not WITHOUT_TENSOR_CORES.search(torch.cuda.get_device_name(device))
 
@@ -293,7 +293,7 @@ def _obstacle_to_compiling(device: torch.device) -> str:
         compilers = (os.environ.get("CXX", "g++"), "g++", "clang++")
         return "" if any(map(shutil.which, compilers)) else "it needs a C++ compiler: install g++"
     if torch.cuda.get_device_capability(device) < TRITON:
-        return "Triton compiles for no card below capability 7.0"
+        return "Triton does not compile for cards below capability 7.0"
     if importlib.util.find_spec("triton") is None:
         return "it needs Triton: pip install triton (on Windows: triton-windows)"
     if windows:  # where Triton brings its own compiler

@@ -12,7 +12,7 @@ from torch import Tensor
 def hits_and_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Number of correct predictions and mean cross-entropy, from float logits (N, K) and int64 labels (N,).
 
-    Both are 0-dim on the device, which is not waited for.
+    Both are 0-dim tensors on the device; this does not wait for it.
     """
     return (logits.argmax(1) == labels).sum(), F.cross_entropy(logits, labels)
 
@@ -31,7 +31,7 @@ def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def interval(share: float, images: int) -> tuple[float, float]:
-    """The 95 % interval of a share of correct predictions of `images` images, by the nearest whole number of hits."""
+    """The 95 % interval for a share of correct predictions on `images` images, by the nearest whole number of hits."""
     return wilson(round(share * images), images)
 
 
@@ -39,7 +39,7 @@ def mcnemar(first_alone: int, second_alone: int) -> float:
     """McNemar's exact test (Psychometrika 12, 1947): are two networks, scored on the same images, equally good?
 
     Of the images that only one of them predicts correctly, the first has `first_alone` and the second `second_alone`.
-    Returns the two-sided p-value: the probability of a division at least this uneven if each of these images were the
+    Returns the two-sided p-value: the probability of a split at least this uneven if each of these images were the
     toss of a fair coin. Raises ValueError for a negative count.
     """
     if first_alone < 0 or second_alone < 0:
@@ -87,7 +87,7 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> 
 
 
 def figures(logits: Tensor, labels: Tensor, classes: Sequence[str], images: int) -> dict[str, Any]:
-    """What is reported of a scoring, as plain values: from logits (n, K) and labels (n,) of `images` images.
+    """The reported figures of a scoring, as plain values: from logits (n, K) and labels (n,) of `images` images.
 
     Several views of an image count towards the accuracy, but not as images of their own in its 95% interval.
     """

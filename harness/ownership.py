@@ -30,13 +30,13 @@ OVERWRITTEN = ".overwritten.pt"  # the state of a run that is being removed
 
 
 def require_no_other(folder: Path) -> None:
-    """Raise RunError if a folder without a run's state holds files of a run's names: it is not known whose they are."""
+    """Raise RunError if a folder without a run's state holds files of a run's names: nobody knows whose they are."""
     killed_early = _is_config(folder / "config.json")
     names = [name for name in RUN_FILES if not (killed_early and name in BEFORE_FIRST_EPOCH)]
     found = [path.name for path in _matching(folder, names)]
     if found:
         raise RunError(
-            f"{folder} holds {listed(found)}, but no run that could be continued "
+            f"{folder} holds {listed(found)}, but no run that can be continued "
             "(last.pt); give another --out, or --overwrite, which removes what has a name of a run's files"
         )
 
@@ -70,7 +70,7 @@ def remove_run(folder: Path) -> None:
             remove_evaluation(report.parent, pictures_written(report.parent))
     exports = [path.name for path in _matching(folder, ["model.onnx", "model.pt2", "model.pt"])]
     if exports:
-        print(f"note: {listed(exports)} in {folder} stays, though the network it was made of is gone")
+        print(f"note: {listed(exports)} in {folder} stays, though the network it was made from is gone")
     (folder / OVERWRITTEN).unlink(missing_ok=True)
 
 
@@ -95,7 +95,7 @@ def pictures_written(folder: Path) -> Sequence[str]:
 
 
 def require_own_report(folder: Path, networks: Iterable[TrainedNetwork]) -> None:
-    """Raise RunError where the report in a folder has figures of others than `networks`, which would be lost."""
+    """Raise RunError if the report in a folder has figures for networks other than `networks`, which would be lost."""
     try:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         entries = [*report["networks"], *report.get("against", {"networks": []})["networks"]]

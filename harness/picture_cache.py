@@ -106,7 +106,7 @@ def _keep(file: Path, size: int, squares: _Kept) -> None:
 
 
 def _read(file: Path, size: int) -> _Kept:
-    """What is kept; nothing where there is no file, or one of another version."""
+    """What is kept; nothing if there is no file, or only one of another version."""
     # A damaged file raises anything from OSError to NotImplementedError, and is replaced like one that is not there.
     with contextlib.suppress(Exception), np.load(file) as archive:  # a zip file, read with its checksums
         index = json.loads(str(archive["index"]))

@@ -23,7 +23,7 @@ def fit_to_folder(recipe: Recipe, runtime: Runtime, split: Split) -> Recipe:
     print(picture_folder.summary(dataset.classes, dataset.labels, train, val))
     for name in ("split_seed", "val_fraction"):
         if dataset.given_split is not None and getattr(recipe, name) != getattr(Recipe, name):
-            usage_error(f"--{name.replace('_', '-')} is of no use: {runtime.images} has a val of its own")
+            usage_error(f"--{name.replace('_', '-')} has no effect: {runtime.images} has its own val")
     if "recipe" in runtime.by_default:
         print(f"recipe {recipe.name}, as none is given with --recipe")
     if "views" in runtime.by_default:
@@ -44,18 +44,18 @@ def fit_to_folder(recipe: Recipe, runtime: Runtime, split: Split) -> Recipe:
         scored = dataset.labels[val].bincount(minlength=len(dataset.classes))
         if scored.max() >= UNEQUAL * scored.min():
             share, name = scored.max().item() / len(val), dataset.classes[int(scored.argmax())]
-            print(f"always answering {name} would be right on {share:.1%} of the pictures that validate")
+            print(f"always answering {name} would be right on {share:.1%} of the validation pictures")
     return recipe
 
 
 def fit_views(recipe: Recipe, images: int) -> Recipe:
     """The recipe for `images` training images: an epoch has about as many samples as it has of STL-10's 4,000.
 
-    Of few images there are no more than MOST_PASSES views each in all epochs together, unless the recipe has more.
+    Few images get no more than MOST_PASSES views each over all epochs, unless the recipe has more.
     """
     views = round(recipe.views_per_image * TRAIN_IMAGES / images)
     most = max(recipe.views_per_image, MOST_PASSES // recipe.epochs)
-    least = math.ceil(LEAST_BATCH / images)  # an epoch is a batch at least
+    least = math.ceil(LEAST_BATCH / images)  # an epoch is at least one batch
     return dataclasses.replace(recipe, views_per_image=max(least, min(views, most, MOST_VIEWS)))
 
 

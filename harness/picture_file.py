@@ -128,7 +128,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     white = next((white for white in ((65535,) if sixteen else (1, 255, 65535)) if high <= white), None)
     if white is None or not low >= 0:  # nan is refused as well
-        raise ValueError(f"grey values from {low:g} to {high:g}, of which black and white are not known")
+        raise ValueError(f"grey values from {low:g} to {high:g}, whose black and white are unknown")
     levels = values * (255 / white)
     if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow heeds it up to 8 bits
         levels = 255 - levels

@@ -54,7 +54,7 @@ def load(folder: Path, size: int) -> DataSet:
 def load_test(folder: Path, size: int) -> tuple[DataSet, DataSet | None]:
     """The pictures of a folder's part named test at `size` px, and those of its other parts if there are any.
 
-    Raises RunError as `load` does, where there is no such part, and for a picture that is in train or val too.
+    Raises RunError as `load` does, and also if there is no such part, or a picture in it is in train or val too.
     """
     passed = PassedOver()
     layout = picture_split.find_layout(folder, passed)
@@ -95,7 +95,7 @@ def _list(folder: Path, passed: PassedOver) -> Listing:
         members.setdefault(visible_name(path), []).append(path)
     classes = tuple(sorted(members))
     if len(classes) < 2:
-        found = f"one class only ({classes[0]})" if classes else "no class folders"
+        found = f"only one class ({classes[0]})" if classes else "no class folders"
         found += f" but {len(loose):,} loose pictures" if loose and not classes else ""
         raise RunError(
             f"{printable(folder)} holds {found}; it takes a folder of pictures for each of two or more classes"
@@ -135,7 +135,7 @@ def _read(listings: list[Listing], size: int, announce: bool) -> DataSet:
     for listing in listings:
         try:
             squares.append(picture_cache.squares(listing.folder, listing.paths, size))
-        except RunError as error:  # the next part is opened all the same, so that all is known and kept
+        except RunError as error:  # the next part is opened all the same, so that everything is known and kept
             broken.append(str(error))
     if broken:
         raise RunError("; ".join(broken))
@@ -175,7 +175,7 @@ def _distinct(images: Tensor, labels: Tensor, part: Tensor, paths: list[Path], a
         raise RunError(f"{named_in_full(contradictions)}; take each out of one of them")
     if repeated and announce:
         where = listed([printable(paths[index]) for index in repeated])
-        print(f"{len(repeated)} picture(s) passed over that are there twice in a class: {where}")
+        print(f"{len(repeated)} picture(s) passed over that are in a class twice: {where}")
     kept = torch.ones(len(paths), dtype=torch.bool)
     kept[repeated] = False
     return kept.nonzero()[:, 0]

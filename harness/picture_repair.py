@@ -1,4 +1,4 @@
-"""Picture files whose pixels are whole and whose other parts are not, made readable without touching the pixels.
+"""Makes picture files readable whose pixels are whole but whose other parts are not, without touching the pixels.
 
 Pillow refuses a PNG for broken metadata (a profile, a comment, a time) and a JPEG for its missing last two bytes. It
 could be made lenient as a whole, but would then show cut pictures, too, with grey where there is nothing.

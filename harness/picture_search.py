@@ -1,4 +1,4 @@
-"""The pictures below a folder, and whatever else lies there: it is passed over, but never without a word."""
+"""The pictures below a folder, and everything else there, which is passed over, but never silently."""
 
 import errno
 import functools

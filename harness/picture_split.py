@@ -25,7 +25,7 @@ AS_SPLIT = "name them train and val (and test)"
 
 
 class Layout(NamedTuple):
-    """Folders of class folders. Without `val`, some pictures of `train` (which may be the root) are to validate."""
+    """Folders of class folders. Without `val`, some pictures of `train` (which may be the root) will validate."""
 
     train: Path | None
     val: Path | None = None
@@ -129,7 +129,7 @@ def _refuse_unnamed_split(folder: Path, contents: dict[Path, _Contents]) -> None
     if len(contents) == 1:
         (path, inside), *_ = contents.items()
         if len(inside.folders) > 1 and not inside.pictures:
-            raise RunError(f"{printable(folder)} holds one folder only, of folders: give --images {printable(path)}")
+            raise RunError(f"{printable(folder)} holds only one folder, of folders: give --images {printable(path)}")
     for path, inside in contents.items():
         parts = {part_by_name(name) for name in inside.folders} - {None}
         if len(parts) > 1:

@@ -24,7 +24,7 @@ def _version(package: str) -> str | None:
 
 @functools.cache  # of the code as this process has loaded it: files may be edited while a run, or a notebook, goes on
 def revision() -> str | None:
-    """This project's git revision, with "-dirty" if files differ from it; None where it is no git repository."""
+    """This project's git revision, with "-dirty" if files differ from it; None if it is not in a git repository."""
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
     try:

@@ -67,10 +67,10 @@ def about(member: TrainedNetwork) -> Entry:
 
 
 def _notes(members: Sequence[TrainedNetwork], split: str, results: list[Entry]) -> list[str]:
-    """What the reader of a figure must know, one sentence each."""
+    """What the reader of a figure needs to know, one sentence each."""
     notes = []
     if split == "test":
-        notes.append("test images choose nothing: this figure is honest for as long as nothing is chosen by it")
+        notes.append("test images choose nothing: this figure is honest only as long as nothing is chosen by it")
     elif any(member.selected for member in members):
         notes.append(
             "the network of the best epoch was selected on these very images, which flatters it; "
@@ -84,7 +84,7 @@ def _notes(members: Sequence[TrainedNetwork], split: str, results: list[Entry]) 
     if split == "val" and len(results) > 1:
         notes.append("the best of several sizes is selected on these images as well")
     if any(member.recipe.init for member in members):
-        notes.append("the run began with weights of another one; what those had learnt from is not known here")
+        notes.append("the run began with another run's weights; what those were trained on is not known here")
     if len(members) > 1:
         total = sum(count_parameters(member.model) for member in members)
         notes.append(
@@ -103,7 +103,7 @@ def _notes(members: Sequence[TrainedNetwork], split: str, results: list[Entry]) 
 def text(*sides: Sequence[Entry]) -> str:
     """Table and notes for the terminal: accuracy by class of one network, mean and spread of several.
 
-    Entries come in one list, or in one before and one behind --against.
+    Entries come in one list, or in one before and one after --against.
     """
     entries = [entry for side in sides for entry in side]
     rows = [_row(entry, result) for entry in entries for result in entry["results"]]
@@ -189,13 +189,13 @@ def _gain(networks: Sequence[Evaluation], against: Sequence[Evaluation], index: 
 
 
 def pairs_text(rows: Sequence[Entry]) -> str:
-    """One line for each size of what `pairs` found, and what the reader must know."""
+    """One line for each size of what `pairs` found, and what the reader needs to know."""
     lines = []
     for row in rows:
         count, (name, *_), (other, *_) = len(row["networks"]), row["networks"], row["against"]
         ours, theirs = f"{name} is", f"{other} is"
         if count > 1:
-            ours, theirs = f"over {count} pairs the networks before --against are", "those behind it are"
+            ours, theirs = f"over {count} pairs the networks before --against are", "those after it are"
         lines.append(
             f"{ours} right on {row['networks_alone_right']} images where {theirs} wrong, the reverse "
             f"{row['against_alone_right']}, p = {row['p_value']:.2g} (McNemar's exact test at {row['size']} px)"
@@ -206,12 +206,12 @@ def pairs_text(rows: Sequence[Entry]) -> str:
                 "(mean and standard deviation)"
             )
     if count > 1:
-        lines.append("note: pairs that share images are not independent of each other, and p is too small then")
+        lines.append("note: pairs that share images are not independent of each other, which makes p too small")
     return "\n".join(lines)
 
 
 def side(entries: list[Entry]) -> Entry:
-    """Entries as they stand in the report, with what is said of all of them where there are several."""
+    """Entries as they appear in the report, with a summary of all of them if there are several."""
     return {"networks": entries} | ({"over the networks": over_networks(entries)} if len(entries) > 1 else {})
 
 

@@ -71,7 +71,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """The context in which no other run uses the folder. Raises RunError if one does."""
+        """A context during which no other run uses the folder. Raises RunError if one does."""
         with files.locked(self.folder, wait=False) if self.machine.leads else contextlib.nullcontext():
             try:
                 yield
@@ -104,7 +104,7 @@ class RunFolder:
             except UnknownSettings as error:
                 raise RunError(f"{self.folder / 'last.pt'} has {error}") from error
             except checkpoint.MISMATCH_ERRORS as error:
-                raise RunError(f"{self.folder / 'last.pt'} is no state of a run; --overwrite starts over") from error
+                raise RunError(f"{self.folder / 'last.pt'} is not of a run; --overwrite starts over") from error
         elif self.machine.leads:
             ownership.require_no_other(self.folder)
         if damage:
@@ -167,7 +167,7 @@ class RunFolder:
         done, way_out = self.epochs_done, "a lower --lr" + self._where_settings_may_change()
         if self.machine.precision is torch.float32:
             way_out = f"Try {way_out}"
-        else:  # which is no part of the recipe, and in fp16 the likely cause
+        else:  # not part of the recipe, and in fp16 the likely cause
             goes_on = f"goes on after epoch {done}" if done else "begins again"
             way_out = f"The same command with --precision fp32 {goes_on}. If that does not help, try {way_out}"
         raise RunError(f"{what} of epoch {done + 1} is not a finite number, so the run has stopped. {way_out}")

@@ -21,7 +21,7 @@ def views(path: Path, heading: str, batch: Batch, classes: Sequence[str]) -> Non
 
 
 def _label(classes: Sequence[str], label: int, other: int, share: float) -> str:
-    """What a view shows; where it is mixed of two classes, the larger part first."""
+    """A view's class; if two classes are mixed in it, the larger share first."""
     if label == other or round(share * 100) in (0, 100):
         return plots.beside(classes[label if share >= 0.5 else other])
     parts = sorted([(share, classes[label]), (1 - share, classes[other])], reverse=True)

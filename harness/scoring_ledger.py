@@ -1,6 +1,6 @@
 """How often a run has been scored on the test images: a list in its folder, so that nobody loses count.
 
-Test images choose nothing. Whoever scores a run again and again, and keeps what scored best, chooses by them.
+Test images choose nothing. Scoring runs again and again and keeping the best would be choosing by them.
 """
 
 import datetime
@@ -17,13 +17,13 @@ FILE = "test-scorings.json"
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The scorings so far, oldest first; empty where there were none. Raises RunError for a file that is no list."""
+    """The scorings so far, oldest first; empty if there were none. Raises RunError for a file that is not a list."""
     path = folder / FILE
     try:
         scorings = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(scorings, list) and all(isinstance(scoring, dict) for scoring in scorings):
             return scorings
-        cause = "it holds no list of scorings"
+        cause = "it is not a list of scorings"
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Trained networks that a student learns from: read, refused where they know too much, and asked about each batch."""
+"""Trained networks that a student learns from: read, refused if they know too much, and asked about each batch."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -60,7 +60,7 @@ def load_teachers(paths: Sequence[Path], dataset: DataSet, val: Tensor, data_dir
         )
         if teacher.file.name in MOVING and teacher.epoch < teacher.recipe.epochs:
             way_out = f"give a copy of {teacher.file.name}"
-            print(f"note: {teacher.file.parent} is not finished; once it goes on, this run cannot: {way_out}")
+            print(f"note: {teacher.file.parent} is not finished; if it continues, this run cannot: {way_out}")
     return dict(sorted(teachers.items()))
 
 
@@ -78,10 +78,10 @@ def _require_fit(teacher: TrainedNetwork, dataset: DataSet, val: Tensor, data_di
     refused = f"{teacher.file} cannot teach this run"
     differing = sorted(set(teacher.classes) ^ set(dataset.classes))
     if differing:
-        raise RunError(f"{refused}: it knows other classes (not in both: {', '.join(differing)})")
+        raise RunError(f"{refused}: it has other classes (not in both: {', '.join(differing)})")
     learnt, how = _learnt(teacher, dataset, data_dir)
     if learnt is None:
-        raise RunError(f"{refused}: it was trained with other images, and these may show what validates here")
+        raise RunError(f"{refused}: it was trained with other images, and these may show what is validated on here")
     shared = int(learnt[val].sum())
     if shared:
         raise RunError(
@@ -97,7 +97,7 @@ def notes_on_first_weights(network: TrainedNetwork, recipe: Recipe, split: Split
     classes, its_classes = split.dataset.classes, network.classes
     if its_classes != classes:
         others = "in another order" if set(its_classes) == set(classes) else f"others ({listed(sorted(its_classes))})"
-        yield f"--init {network.file}: its classes are {others}, so the last layer has to be learnt anew"
+        yield f"--init {network.file}: its classes are {others}, so the last layer has to be learnt from scratch"
     if network.recipe.last_pool != recipe.last_pool:
         flag = "--last-pool" if network.recipe.last_pool else "--no-last-pool"
         yield f"--init {network.file}: it was trained with {flag}, unlike this run"

@@ -1,4 +1,4 @@
-"""TensorBoard, for those who use it: the numbers of metrics.csv once more, in the run folder."""
+"""TensorBoard, for those who use it: the numbers of metrics.csv again, in the run folder."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

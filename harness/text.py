@@ -12,7 +12,7 @@ DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def printable(name: Path | str) -> str:
-    """A name as text for terminals, tables and files: escapes stand for bytes that are no UTF-8 and for control codes.
+    """A name as text for terminals, tables and files: escapes stand for bytes that are not UTF-8 and for control codes.
 
     Python holds such bytes as lone surrogates, which can be neither printed nor written. Spaces of other kinds and the
     joiners of some scripts stay, so that a name in a table is still that of its file.
@@ -21,7 +21,7 @@ def printable(name: Path | str) -> str:
 
 
 def escape(character: str) -> str:
-    """What stands for a character: of a byte that is no UTF-8 its number, as in \\xe9, else Python's escape."""
+    """A character's escape: for a byte that is not UTF-8 its number, as in \\xe9, else Python's escape."""
     if "\udc80" <= character <= "\udcff":
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode()
@@ -46,7 +46,7 @@ def width(text: str) -> int:
 
 
 def shortened(text: str, columns: int) -> str:
-    """The text, in at most so many columns: an ellipsis for its middle, as names often differ at the end alone."""
+    """The text, in at most so many columns: an ellipsis for its middle, as names often differ only at the end."""
     if width(text) <= columns:
         return text
     for kept in range(len(text) - 1, -1, -1):

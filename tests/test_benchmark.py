@@ -261,7 +261,7 @@ def test_a_side_answers_from_a_process_of_its_own():
 def test_a_side_that_cannot_begin_or_is_ended_is_a_sentence():
     with benchmark.Process(int, job()) as side, pytest.raises(TypeError, match="must be a string"):
         side.ask(os.getpid)
-    with benchmark.Process(ThisProject, job()) as side, pytest.raises(RunError, match="was ended from outside"):
+    with benchmark.Process(ThisProject, job()) as side, pytest.raises(RunError, match="was killed, probably"):
         side.ask(os._exit, 9)
 
 
@@ -273,7 +273,7 @@ def test_the_command_prints_a_table_and_writes_every_figure(small, tmp_path, cap
     flags = "--size 32 --batch 2 --steps 1 --turns 2 --device cpu --threads 1 --precision fp32".split()
     assert benchmark.main([*flags, "--json", str(file)]) == 0
     printed = capsys.readouterr().out
-    assert "| end to end |" in printed and "trains on" not in printed  # of two sizes one has no rate
+    assert "| end to end |" in printed and "training recipe" not in printed  # of two sizes one has no rate
     found = json.loads(file.read_text())
     assert (found["precision"], found["threads"], found["compile"], found["seconds"]) == ("fp32", 1, False, {})
     (only,) = found["points"]
@@ -302,7 +302,7 @@ def test_the_forecast_is_said_of_the_right_side(small, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "measure", lambda job, turns: point(job.size, [10.0], [100.0]))
     assert benchmark.main("--device cpu --threads 1 --precision fp32".split()) == 0
     said = capsys.readouterr().out
-    assert "the recipe original trains on 4,000 images for 4.1 days, in the usual way for 40.7 days.\n" in said
+    assert "training recipe original on 4,000 images takes 4.1 days; the usual way takes 40.7 days.\n" in said
 
 
 def test_what_cannot_be_written_is_said_before_anything_is_measured(small, tmp_path, capsys, monkeypatch):

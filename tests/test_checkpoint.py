@@ -37,7 +37,7 @@ def test_truncated(size: float, run: Path) -> None:
     path = run / "last.pt"
     whole = path.stat().st_size
     os.truncate(path, round(size * whole) if 0 < size < 1 else size % whole)
-    refused(path, "is damaged, or no checkpoint at all", Damaged)
+    refused(path, "is damaged, or not a checkpoint at all", Damaged)
 
 
 def test_flipped_bits(run: Path) -> None:
@@ -192,15 +192,15 @@ def test_the_network_that_comes_with_the_project_is_of_format_1() -> None:
 def test_other_kinds_of_file(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     path.write_text("accuracy,loss\n")
-    refused(path, "no checkpoint at all")
+    refused(path, "not a checkpoint at all")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.txt", "text")
-    refused(path, "no checkpoint at all")
+    refused(path, "not a checkpoint at all")
     for payload in (torch.zeros(3), {"model": {}}, {"format": 1}, [1], {"format": "1", "recipe": {}}):
         torch.save(payload, path)
         refused(path, "is not a checkpoint of this project")
     torch.save(torch.nn.Linear(2, 2).state_dict(), path, _use_new_zipfile_serialization=False)
-    refused(path, "no checkpoint at all")
+    refused(path, "not a checkpoint at all")
 
 
 def test_newer_format(run: Path, tiny_run: Path, small_demo, capsys) -> None:
@@ -245,10 +245,10 @@ def test_missing_parts(missing: str, run: Path) -> None:
         ({"optimizer": {"state": {}, "param_groups": []}}, "does not fit this network: "),
         ({"optimizer": 5}, "does not fit this network: "),
         ({"schedule": None}, "does not fit this network: "),
-        ({"rows": 5}, "is no state of a run"),
-        ({"rows": []}, "is no state of a run"),
-        ({"rows": [{"epoch": 1, "val_accuracy": 0.5}] * 9}, "is no state of a run"),
-        ({"recipe": 5}, "is no state of a run"),
+        ({"rows": 5}, "is not of a run"),
+        ({"rows": []}, "is not of a run"),
+        ({"rows": [{"epoch": 1, "val_accuracy": 0.5}] * 9}, "is not of a run"),
+        ({"recipe": 5}, "is not of a run"),
         ({"images": {"train": 9, "val": 9}}, "images was "),
         ({"classes": ["cat", "dog"]}, "classes was "),
     ],
@@ -288,7 +288,7 @@ def test_other_settings(flags: list[str], words: str, run: Path, tiny_run: Path,
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("gone.pt", "No such file"), ("", "does not fit this network: "), ("text", "no checkpoint")]
+    ("name", "words"), [("gone.pt", "No such file"), ("", "does not fit this network: "), ("text", "not a checkpoint")]
 )
 def test_foreign_first_weights(name: str, words: str, run: Path, tiny_run: Path, small_demo, capsys) -> None:
     (run / "text").write_text("text")

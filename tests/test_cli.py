@@ -64,26 +64,26 @@ def test_one_value_a_stage():
     assert [stage.epochs for stage in recipe.stages] == [30, 0]
     last = recipe.at(29)
     assert (last.stage_index, last.number) == (0, 29)
-    with pytest.raises(ValueError, match="no further"):
+    with pytest.raises(ValueError, match="no more epochs"):
         recipe.at(30)
 
 
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        ("--views 0", "--views is from 1 and up to 10000, not 0"),
-        ("--demo --recipe cpu", "--demo and --recipe cpu exclude each other"),
-        ("--demo --images x", "--demo draws its own pictures; for those of --images give --recipe demo"),
-        ("--fold 1 --images x", "--fold is one of STL-10's official folds: there are none of other pictures"),
-        ("--image-size 64", "--image-size is of no use without --images: STL-10's are 96 px"),
-        ("--mix-probability 0.5", "--mix-probability is of no use without --mixup or --cutmix"),
-        ("--erase-size 0.5", "--erase-size is of no use without --erase"),
-        ("--warmup 0.2", "--warmup is of no use with --schedule restarts"),
-        ("--recipe cpu --cycle-growth 3", "--cycle-growth is of no use with --schedule cosine"),
-        ("--no-average-warmup", "--average-warmup is of no use without --average"),
-        ("--train-on all --split-seed 1", "--split-seed is of no use with --train-on all"),
-        ("--fold 1 --val-fraction 0.5", "--val-fraction is of no use with --fold"),
-        ("--crop-size 32 4x", "'4x' is not a size, nor sizes joined by commas"),
+        ("--views 0", "--views must be at least 1 and at most 10000, not 0"),
+        ("--demo --recipe cpu", "--demo and --recipe cpu cannot be combined"),
+        ("--demo --images x", "--demo draws its own pictures; with --images use --recipe demo"),
+        ("--fold 1 --images x", "--fold is one of STL-10's official folds: other pictures have none"),
+        ("--image-size 64", "--image-size has no effect without --images: STL-10's are 96 px"),
+        ("--mix-probability 0.5", "--mix-probability has no effect without --mixup or --cutmix"),
+        ("--erase-size 0.5", "--erase-size has no effect without --erase"),
+        ("--warmup 0.2", "--warmup has no effect with --schedule restarts"),
+        ("--recipe cpu --cycle-growth 3", "--cycle-growth has no effect with --schedule cosine"),
+        ("--no-average-warmup", "--average-warmup has no effect without --average"),
+        ("--train-on all --split-seed 1", "--split-seed has no effect with --train-on all"),
+        ("--fold 1 --val-fraction 0.5", "--val-fraction has no effect with --fold"),
+        ("--crop-size 32 4x", "'4x' is not a size or a comma-separated list of sizes"),
         ("--view 1", "unrecognized arguments: --view 1"),
     ],
 )
@@ -100,7 +100,7 @@ def test_parts_of_the_wide_network_are_refused_for_the_other(flag, way_out, caps
     with pytest.raises(SystemExit) as stop:
         parse_train([flag])
     assert stop.value.code == 2
-    assert f"is a part of network wide: for bottleneck add {way_out}\n" in capsys.readouterr().err
+    assert f"is part of network wide: for bottleneck add {way_out}\n" in capsys.readouterr().err
     parse_train([flag, "--network", "wide", "--layers", "1", "1", "1"])
 
 

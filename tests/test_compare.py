@@ -102,11 +102,11 @@ def test_other_ways_of_scoring_are_told(tmp_path, capsys):
     finished = make_run(tmp_path / "a", [0.5] * 6, tta="multi")
     going = make_run(tmp_path / "b", [0.6] * 5, tta="multi")
     assert run(finished, going) == 0
-    assert "are not scored alike (144 px, --tta multi; 144 px, --tta mirror)" in capsys.readouterr().out
+    assert "are not scored the same way (144 px, --tta multi; 144 px, --tta mirror)" in capsys.readouterr().out
     (tmp_path / "c").mkdir()
     for others in ([finished, finished], [finished, make_run(tmp_path / "c" / "begun", [])]):
         assert run(*others) == 0
-        assert "scored alike" not in capsys.readouterr().out
+        assert "scored the same way" not in capsys.readouterr().out
 
 
 def test_settings_that_differ_and_take_effect_are_told(tmp_path, capsys):

@@ -227,7 +227,7 @@ def test_split_is_stratified_for_any_sizes(sizes, fraction, expected):
 
 
 def test_split_refuses_what_it_cannot_split():
-    with pytest.raises(ValueError, match="class 1 has one image"):
+    with pytest.raises(ValueError, match="class 1 has only one image"):
         data.split_indices([0, 0, 1])
     for fraction in (0, 1, -0.5, float("nan")):
         with pytest.raises(ValueError, match="val_fraction"):
@@ -290,4 +290,4 @@ def test_who_comes_second_says_so_and_waits_for_the_folder(tmp_path, capsys):
         assert not entered.wait(0.2)
     second.join(10)
     assert entered.is_set()
-    assert capsys.readouterr().err == f"waiting for another process that fills {folder} …\n"
+    assert capsys.readouterr().err == f"waiting for another process that is filling {folder} …\n"

@@ -247,7 +247,7 @@ def test_a_teacher_that_may_yet_change_is_said(tmp_path: Path, small_demo, capsy
     for path, said in ((teacher, True), (teacher / "last.pt", True), (copy, False)):
         capsys.readouterr()
         assert run(tmp_path / "student", "--teacher", path, "--overwrite", "--epochs", "1", "0") == 0
-        assert ("is not finished; once it goes on" in capsys.readouterr().out) == said
+        assert ("is not finished; if it continues" in capsys.readouterr().out) == said
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_first_weights_of_a_network_that_pools_and_of_other_classes(tmp_path: Pa
     assert notes("first") == []
     (pictures / "sky").rename(pictures / "sea")
     classes, learnt = notes("renamed", "--init", tmp_path / "first")
-    assert "its classes are others (apple, leaf and sky), so the last layer has to be learnt anew" in classes
+    assert "its classes are others (apple, leaf and sky), so the last layer has to be learnt from scratch" in classes
     assert "may have learnt images that validate here" in learnt
     (pictures / "apple").rename(pictures / "pear")
     (pictures / "leaf").rename(pictures / "tree")
@@ -335,7 +335,7 @@ def test_teachers_of_other_classes_and_of_other_pictures(tiny_run, tmp_path: Pat
         return errors.report(lambda: train.main([str(word) for word in words]))
 
     assert own(tmp_path / "teacher", "--images", pictures) == 0
-    assert "it knows other classes (not in both: apple, " in refused("--teacher", tmp_path / "teacher")
+    assert "it has other classes (not in both: apple, " in refused("--teacher", tmp_path / "teacher")
     pictures = pictures.rename(tmp_path / "renamed")
     student = ["--images", pictures, "--teacher", tmp_path / "teacher", "--seed", "1"]
     assert own(tmp_path / "student-of-own", *student) == 0
@@ -363,7 +363,7 @@ def test_flags(tmp_path: Path, capsys) -> None:
     for flag in ("--teacher-temperature", "--label-share"):
         with pytest.raises(SystemExit) as stop:
             parse_train([flag, "1"])
-        assert stop.value.code == 2 and f"{flag} is of no use without --teacher" in capsys.readouterr().err
+        assert stop.value.code == 2 and f"{flag} has no effect without --teacher" in capsys.readouterr().err
 
 
 def test_a_teachers_digest_written_out(tiny_run: Path) -> None:

@@ -198,7 +198,7 @@ def test_processes_that_see_different_folders_do_not_train_together(tmp_path: Pa
     assert run(out, None, "--max-minutes", "0.00001") == [3, 3], log(out, 0) + log(out, 1)
     before = (out / "last.pt").read_bytes()
     assert run(out, {1: (_see_no_state,)}) == [1, 1], log(out, 0) + log(out, 1)
-    assert f"{out} is not one and the same folder for all processes" in log(out, 1)
+    assert f"{out} is not the same folder for all processes" in log(out, 1)
     assert (out / "last.pt").read_bytes() == before
 
 
@@ -217,7 +217,7 @@ def test_processes_that_read_different_weights_do_not_train_together(whole: Path
     out, flags = tmp_path / "run", ["--init", str(whole / "last.pt"), "--seed", "1"]
     assert run(out, {1: (_read_other_weights,)}, *flags) == [1, 1], log(out, 0) + log(out, 1)
     for rank in (0, 1):
-        assert "the processes do not train together, as they have read different weights" in log(out, rank)
+        assert "the processes cannot train together, as they have read different weights" in log(out, rank)
     assert not (out / "last.pt").exists()
 
 
@@ -258,7 +258,7 @@ def test_nan_in_one_share_ends_all_processes(tmp_path: Path) -> None:
 def test_batch_that_cannot_be_shared_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert run(out, None, "--batch", "15", "16") == [2, 2]
-    assert "--batch 15 cannot be shared equally by 2 processes" in log(out, 0)
+    assert "--batch 15 cannot be divided equally among 2 processes" in log(out, 0)
     assert not out.exists()
 
 

@@ -17,7 +17,7 @@ def test_an_ensemble_of_other_splits_is_refused_where_the_labels_agree(tmp_path,
     assert torch.equal(*(split.dataset.labels[split.val] for split in splits))
     networks, out = [tmp_path / "0.pt", tmp_path / "1.pt"], ["--out", tmp_path / "out"]
     assert run(*networks, "--ensemble", "--images", pictures, *out) == 1
-    assert "have not the same val images" in capsys.readouterr().err
+    assert "do not have the same val images" in capsys.readouterr().err
 
 
 def test_each_member_of_an_ensemble_is_scored_at_its_own_size(tiny_run, tmp_path):

@@ -165,7 +165,7 @@ def test_an_ensemble_averages_and_says_so(tiny_runs, tmp_path, capsys):
 
 def test_an_ensemble_is_not_scored_on_what_a_member_has_learnt(tiny_run, altered, tmp_path, capsys):
     assert run(tiny_run, altered(split_seed=1), "--ensemble", "--out", tmp_path / "out") == 1
-    assert "have not the same val images" in capsys.readouterr().err
+    assert "do not have the same val images" in capsys.readouterr().err
 
 
 def test_the_original_protocol(tiny_run, tmp_path, capsys):
@@ -263,17 +263,17 @@ def test_notes_tell_of_foreign_weights_and_unfinished_runs(tiny_run, altered, tm
     folder = altered(init="elsewhere.pt", stages=[{**stage, "epochs": 9} for stage in stages])
     assert run(folder, "--size", 32, "--out", tmp_path / "out") == 0
     said = capsys.readouterr().out
-    assert "began with weights of another one" in said and "is of epoch 4 of 18, not of the last" in said
+    assert "began with another run's weights" in said and "is of epoch 4 of 18, not of the last" in said
 
 
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
         ("--size 31", "'31' is not a whole number from 32 to 1024"),
-        ("--protocol original --tta none", "--protocol original and --tta exclude each other"),
-        ("--protocol original --split test", "--protocol original and --split test exclude each other"),
+        ("--protocol original --tta none", "--protocol original and --tta cannot be combined"),
+        ("--protocol original --split test", "--protocol original and --split test cannot be combined"),
         ("--split test --size 32 64", "several sizes are compared on clean val images only"),
-        ("--ensemble", "--ensemble takes two networks or more"),
+        ("--ensemble", "--ensemble needs at least two networks"),
         ("--threads -1", "--threads"),
         ("{run}/last.pt", "the same network is given twice"),
         ("--split train", "invalid choice"),

@@ -94,7 +94,7 @@ def test_only_the_comparison_is_printed(exported: Exported) -> None:
     assert exported.noise == ""
     first, second = exported.told.splitlines()
     assert first == (
-        "comparing on pictures drawn by the program, as the run's are not here, 1 and 8 at a time, at 48 and 80 px"
+        "comparing on pictures drawn by the program, as the run's are missing, 1 and 8 at a time, at 48 and 80 px"
     )
     assert re.fullmatch(
         re.escape(str(exported.path)) + r", 0\.\d MB: largest difference \d\.\de-\d\d of logits up to \d+\.\d", second
@@ -129,7 +129,7 @@ def test_a_file_is_known_by_its_run(exported: Exported, run: Path) -> None:
     trained = checkpoint.load_network(run)
     export.require_replaceable(exported.path, dataclasses.replace(trained, epoch=8))
     other = dataclasses.replace(trained, recipe=dataclasses.replace(trained.recipe, seed=1))
-    with pytest.raises(RunError, match="is not known to be of this run; remove it, or name another folder with --out"):
+    with pytest.raises(RunError, match="not known to be from this run; remove it, or name another folder with --out"):
         export.require_replaceable(exported.path, other)
 
 
@@ -181,7 +181,7 @@ def test_file_that_disagrees_is_not_written(factor: float, run: Path, tmp_path: 
 
 def test_no_format_is_written_where_one_would_replace_a_foreign_file(run: Path, tmp_path: Path) -> None:
     (tmp_path / "model.pt").write_bytes(b"of another project")
-    with pytest.raises(RunError, match="model.pt is there and was not written by export.py"):
+    with pytest.raises(RunError, match="model.pt exists and was not written by export.py"):
         export.main([str(run), "--out", str(tmp_path), "--format", "torch", "weights"])
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("model.pt", b"of another project")]
 
@@ -190,7 +190,7 @@ def test_weights_that_no_export_wrote_are_not_replaced(run: Path, tmp_path: Path
     """A kept copy of a run's weights, of full precision, has the name that an export would take."""
     kept = shutil.copy(run / "last.pt", tmp_path / "model.pt")
     before = kept.read_bytes()
-    with pytest.raises(RunError, match="model.pt is there and was not written by export.py"):
+    with pytest.raises(RunError, match="model.pt exists and was not written by export.py"):
         export.main([str(run), "--out", str(tmp_path), "--format", "weights"])
     assert kept.read_bytes() == before
 

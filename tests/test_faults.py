@@ -151,7 +151,7 @@ def test_signal(
     folder = Path(out[1])
     assert run([*ONE, *out], log, tiny, partial(before, moment, call, partial(send, number))) == 128 + number
     text = log.read_text()
-    assert f"{signal.Signals(number).name} came" in text and "the same command continues" in text
+    assert f"{signal.Signals(number).name} received" in text and "the same command continues" in text
     assert ("the epoch in flight is dropped" in text) == (moment is STEP)
     assert "Traceback" not in text and rows(folder) == epochs
     assert (folder / "accuracy.png").exists() == (epochs > 0)

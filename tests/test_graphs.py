@@ -215,8 +215,8 @@ def test_a_failed_capture_costs_no_other_and_tells_its_cause(
         assert graphs.run(first, (x,), warm=1).tolist() == [number + 1] * 2
         assert graphs.run(second, (x,), warm=1).tolist() == [number + 2] * 2
     assert streams[-1] == "the usual one" and [key[0] for key in graphs._graphs] == ["second"]
-    assert graphs.machine.notes == ["first could not be captured as a CUDA graph (x.item() cannot be captured): it is "
-                                    "slower without"]  # fmt: skip
+    assert graphs.machine.notes == ["first could not be captured as a CUDA graph (x.item() cannot be captured), so it "
+                                    "runs slower"]  # fmt: skip
 
 
 def test_a_graph_reads_its_inputs_anew_and_constants_have_graphs_of_their_own(recorded: None):

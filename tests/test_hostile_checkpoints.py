@@ -44,7 +44,7 @@ def test_hostile_checkpoint_is_not_run(name: str, run: Path, tiny_run: Path, sma
     pickle.loads(path.read_bytes()) if name == "pickle" else torch.load(path, weights_only=False)
     assert trace.exists()  # the attack is a real one …
     trace.unlink()
-    refused(path, "was not opened: it holds more than plain values|no checkpoint at all")
+    refused(path, "was not opened: it holds more than plain values|not a checkpoint at all")
     shutil.copy(path, run / "last.pt")
     (run / "previous.pt").unlink()
     assert continued(run, tiny_run) == 1

@@ -69,7 +69,7 @@ def test_a_signal_is_noted_and_stops_the_run_when_it_is_asked_for(number: int, s
         with pytest.raises(Stopped) as stop:
             either.stop_if_signalled()
     reason, code = stop.value.args
-    assert reason.startswith(f"{signal.Signals(number).name} came") and code == status
+    assert reason.startswith(f"{signal.Signals(number).name} received") and code == status
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

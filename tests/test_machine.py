@@ -61,7 +61,7 @@ def test_a_run_s_threads_are_not_those_of_the_next(restored, monkeypatch: pytest
     [
         (True, "12.6", "PyTorch sees 1 CUDA device"),
         (False, "12.6", "PyTorch sees no CUDA device here"),
-        (False, None, r"PyTorch was built without CUDA \(pip uninstall torch, then a build with it: pytorch.org\)"),
+        (False, None, r"PyTorch was built without CUDA \(pip uninstall torch, then install one with it: pytorch.org\)"),
     ],
 )
 def test_a_device_that_is_not_there_is_a_sentence(
@@ -168,10 +168,10 @@ def test_windows_compiles_with_its_own_compilers(device, there, obstacle, monkey
 @pytest.mark.parametrize(
     "words, said",
     [
-        ("CUDA error: out of memory", "a card has no free memory: end what else runs on it, or use --device cpu"),
+        ("CUDA error: out of memory", "a card has no free memory: stop other programs on it, or use --device cpu"),
         (
             "CUDA error: devices are busy\nand more",
-            "a card cannot be used: CUDA error: devices are busy; end what else",
+            "a card cannot be used: CUDA error: devices are busy; stop other",
         ),
     ],
 )

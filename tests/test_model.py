@@ -123,7 +123,7 @@ def test_wide_network_is_its_table_written_out(last_pool: bool):
 
 def test_wide_network_is_within_the_budget():
     assert count_parameters(build_model((1, 1, 1), kind="wide", planes=(64, 256, 256))) == 1_978_698
-    with pytest.raises(ValueError, match="kind is one of bottleneck, wide, not 'deep'"):
+    with pytest.raises(ValueError, match="kind must be one of bottleneck, wide, not 'deep'"):
         build_model(kind="deep")
 
 
@@ -247,7 +247,7 @@ def test_budget_tells_the_excess():
         ({"replace_stride_with_dilation": ()}, "three flags"),
         ({"layers": (1, 2)}, "layers"), ({"layers": (1, 0, 1)}, "layers"), ({"layers": (1, 2, 1.5)}, "layers"),
         ({"planes": (4, 8)}, "planes"), ({"num_classes": 0}, "num_classes"), ({"groups": 0}, "groups"),
-        ({"width_per_group": -64}, "width_per_group"), ({"width_per_group": 1}, "leaves no channel"),
+        ({"width_per_group": -64}, "width_per_group"), ({"width_per_group": 1}, "leaves no channels"),
     ],
 )  # fmt: skip
 def test_options_out_of_range_are_refused_by_name(options, word):

@@ -82,7 +82,7 @@ def test_plots_are_png_files_by_name(name: str, tiny_run, picture, tmp_path, cap
 @pytest.mark.parametrize("empty", ["", " "])
 def test_an_empty_path_is_a_wrong_flag_and_not_the_current_folder(main, words, empty, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "a path is expected" in status_2(main, capsys, *words, empty)
+    assert "expected a path" in status_2(main, capsys, *words, empty)
     assert names(tmp_path) == []
 
 

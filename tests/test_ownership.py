@@ -52,7 +52,7 @@ FOREIGN = ["best.pt", "metrics.csv", "summary.json", "config.json", "accuracy.pn
 def test_another_projects_file_is_not_replaced(name: str, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).write_text("{}")
-    with pytest.raises(RunError, match=f"holds {name}, but no run that could be continued .*another --out"):
+    with pytest.raises(RunError, match=f"holds {name}, but no run that can be continued .*another --out"):
         trained(tmp_path / "run")
     assert (tmp_path / "run" / name).read_text() == "{}"
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {name, ".lock"}
@@ -62,7 +62,7 @@ def test_another_projects_file_is_not_replaced(name: str, tmp_path: Path) -> Non
 def test_nor_is_its_checkpoint_with_a_states_name(name: str, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).write_bytes(b"of another project")
-    with pytest.raises(RunError, match=f"{name} is damaged, or no checkpoint at all.*--overwrite"):
+    with pytest.raises(RunError, match=f"{name} is damaged, or not a checkpoint at all.*--overwrite"):
         trained(tmp_path / "run")
     assert (tmp_path / "run" / name).read_bytes() == b"of another project"
 
@@ -99,7 +99,7 @@ def test_a_run_is_not_overwritten_by_one_that_learns_from_it(flag: str, run: Pat
     with pytest.raises(SystemExit) as stop:
         trained(run, "--overwrite", flag, run / "last.pt")
     assert (
-        stop.value.code == 2 and f"where {run / 'last.pt'} lies, which the run learns from" in capsys.readouterr().err
+        stop.value.code == 2 and f"but the run learns from {run / 'last.pt'}, which is there" in capsys.readouterr().err
     )
     assert (run / "last.pt").read_bytes() == before
 
@@ -204,7 +204,7 @@ def test_weights_of_earlier_epochs_stay_where_a_run_falls_back(run: Path, capsys
     best = checkpoint.load(run / "best.pt")["epoch"]
     assert trained(run) == 0
     said = capsys.readouterr().err
-    assert ("best.pt of the epoch that is lost" in said) == (best == 4)
+    assert ("best.pt from the lost epoch" in said) == (best == 4)
     assert [checkpoint.load(run / name)["epoch"] for name in ("stage1.pt", "best.pt")] == [3, best]
 
 
@@ -219,14 +219,14 @@ def test_no_run_lies_among_its_pictures(out: str, tmp_path: Path, capsys) -> Non
     place = tmp_path / out if out.startswith("link") else pictures / out
     with pytest.raises(SystemExit) as stop:
         cli.parse_train([*TINY, "--images", str(pictures), "--out", str(place)])
-    assert stop.value.code == 2 and "lies within the pictures" in capsys.readouterr().err
+    assert stop.value.code == 2 and "lies in the picture folder" in capsys.readouterr().err
 
 
 def test_nor_by_default(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(fill(tmp_path / "pictures", 2))
     with pytest.raises(SystemExit):
         cli.parse_train([*TINY, "--images", "."])
-    assert "the folder runs/pictures-demo-seed0 lies within the pictures" in capsys.readouterr().err
+    assert "the folder runs/pictures-demo-seed0 lies in the picture folder" in capsys.readouterr().err
     assert cli.parse_train([*TINY, "--images", ".", "--out", "../runs/a"])
 
 
@@ -238,7 +238,7 @@ def test_nor_an_evaluation_or_an_export(main, run: Path, tmp_path: Path, capsys)
     for words in ([run, "--out", pictures / "report"], [copied]):
         with pytest.raises(SystemExit) as stop:
             main([*map(str, words), "--images", str(pictures)])
-        assert stop.value.code == 2 and "lies within the pictures" in capsys.readouterr().err
+        assert stop.value.code == 2 and "lies in the picture folder" in capsys.readouterr().err
         assert hashes(pictures) == before
 
 
@@ -298,22 +298,22 @@ def test_an_export_replaces_exports_of_its_run_alone(run: Path, tmp_path: Path) 
     path = out / export.FORMATS["onnx"].file
     network = checkpoint.load_network(run)
     path.write_bytes(b"of another project")
-    with pytest.raises(RunError, match=f"{path.name} is there and was not written by export.py"):
+    with pytest.raises(RunError, match=f"{path.name} exists and was not written by export.py"):
         export.require_replaceable(path, network)
     path.write_text("… {input} … {source} …".format(**export.metadata(network)))
     export.require_replaceable(path, dataclasses.replace(network, epoch=network.epoch + 1))
     other = dataclasses.replace(network, recipe=dataclasses.replace(network.recipe, seed=9))
-    with pytest.raises(RunError, match=f"{path.name} is there and is not known to be of this run"):
+    with pytest.raises(RunError, match=f"{path.name} exists and is not known to be from this run"):
         export.require_replaceable(path, other)
     path.write_text(f"… {export.INPUT} …")  # of a version that did not name the run
-    with pytest.raises(RunError, match=f"{path.name} is there and is not known to be of this run"):
+    with pytest.raises(RunError, match=f"{path.name} exists and is not known to be from this run"):
         export.require_replaceable(path, network)
 
 
 def test_an_export_does_not_replace_what_it_is_made_of(run: Path) -> None:
     shutil.copy(run / "best.pt", run / "model.pt")
     before = hashes(run, "model.pt")
-    with pytest.raises(RunError, match="model.pt is there"):
+    with pytest.raises(RunError, match="model.pt exists and was not written"):
         export.main([str(run / "model.pt"), "--format", "weights"])
     assert hashes(run, "model.pt") == before
 
@@ -332,7 +332,7 @@ def test_what_lies_beside_the_runs_is_named_and_passed_over(tiny_runs, tmp_path,
     said = capsys.readouterr()
     assert said.out.count("\nrun") == 2 and "again" not in said.out  # each run once, under its own name
     for name in ("comparison.png", "evaluation-val", "notes.txt", "link"):
-        assert f"skipped: {runs / name} is no run folder" in said.err
+        assert f"skipped: {runs / name} is not a run folder" in said.err
     with pytest.raises(RunError, match="comparison.png was drawn by another program"):
         compare.main(everything)
     assert (runs / "comparison.png").read_text() == "drawn by hand"

@@ -95,7 +95,7 @@ def test_pairs_are_pooled(tiny_runs, tmp_path, capsys) -> None:
     (row,) = report["pairs"]
     assert (row["networks_alone_right"], row["against_alone_right"], row["images"]) == (own, reverse, 80)
     assert row["p_value"] == metrics.mcnemar(own, reverse)
-    assert f"over 2 pairs the networks before --against are right on {own} images where those behind it are" in said
+    assert f"over 2 pairs the networks before --against are right on {own} images where those after it are" in said
     assert "pairs that share images are not independent" in said
     gains = [(own - reverse) / 40 for own, reverse in counts]
     mean, deviation = sum(gains) / 2, abs(gains[0] - gains[1]) / 2**0.5
@@ -140,10 +140,10 @@ def test_networks_of_other_images_are_no_pair(tiny_run, other_split, tmp_path, c
 @pytest.mark.parametrize(
     "flags, complaint",
     [
-        ("--against {b} {b}/best.pt", "--against takes as many networks as stand before it, 1"),
+        ("--against {b} {b}/best.pt", "--against takes as many networks as come before it, 1"),
         ("--against {a}", "the same network is given twice"),
-        ("--against {b} --protocol original", "--protocol original and --against exclude each other"),
-        ("{b} --against {a}/best.pt --ensemble", "--ensemble takes two networks or more"),
+        ("--against {b} --protocol original", "--protocol original and --against cannot be combined"),
+        ("{b} --against {a}/best.pt --ensemble", "--ensemble needs at least two networks"),
     ],
 )
 def test_usage(flags: str, complaint: str, tiny_runs, capsys) -> None:

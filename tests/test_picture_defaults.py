@@ -130,7 +130,7 @@ def test_what_is_found_and_chosen_is_said_and_stored(tmp_path, empty_plots, caps
         "3 classes; 24 pictures train + 6 validate: apple 4 + 1, leaf 4 + 1, sky 16 + 4",
         f"{MOST_PASSES // 25} views of each picture an epoch, {MOST_PASSES * 24:,} in all; --views sets another number",
         "the classes are unequal: --balance draws each equally often",
-        "always answering sky would be right on 66.7% of the pictures that validate",
+        "always answering sky would be right on 66.7% of the validation pictures",
     ]
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["recipe"]["views_per_image"] == MOST_PASSES // 25 and config["runtime"]["by_default"] == ["views"]
@@ -219,7 +219,9 @@ def test_settings_of_a_split_are_refused_where_the_folder_has_its_own(tmp_path, 
     command = [*TINY, "--images", str(tmp_path / "set"), "--image-size", "32", "--out", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as stop:
         train.main([*command, flag, value])
-    assert stop.value.code == 2 and f"{flag} is of no use: {tmp_path / 'set'} has a val" in capsys.readouterr().err
+    assert (
+        stop.value.code == 2 and f"{flag} has no effect: {tmp_path / 'set'} has its own val" in capsys.readouterr().err
+    )
     assert not (tmp_path / "run").exists()
 
 

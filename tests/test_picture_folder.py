@@ -233,11 +233,11 @@ def _one_picture(images: Path) -> None:
     (
         (_nothing, "pictures holds no class folders"),
         (_absent, "cannot read the folder .*pictures: No such file"),
-        (_one_class, r"pictures holds one class only \(apple\)"),
+        (_one_class, r"pictures holds only one class \(apple\)"),
         (_empty_class, "class pear has no pictures"),
         (_no_val, "pictures/train holds no class folders, as .*pictures/test does"),
         (_class_missing_in_val, "class leaf is in only one of .*train and .*val"),
-        (_one_picture, "class pear has one picture only"),
+        (_one_picture, "class pear has only one picture"),
     ),
 )
 def test_what_cannot_be_trained_on_is_told_in_one_sentence(images: Path, spoil, told: str) -> None:
@@ -321,15 +321,15 @@ def test_test_images_of_other_classes_are_refused(tmp_path: Path, empty_plots: N
     fill(others / "test", 1, start=900)
     assert len(load_test_images(trained, Source(Path("data"), others)).labels) == 3
     draw(others / "test" / "pear" / "one.png", (200, 200, 0), 1)
-    with pytest.raises(RunError, match="have the classes apple, leaf, pear, sky, the network apple, leaf, sky"):
+    with pytest.raises(RunError, match="have the classes apple, leaf, pear, sky, but the network has apple, leaf, sky"):
         load_test_images(trained, Source(Path("data"), others))
 
 
 @pytest.mark.parametrize(
     ("flags", "told"),
     (
-        (["--demo", "--fold", "3"], "there are none of other pictures"),
-        (["--val-fraction", "0"], "--val-fraction is above 0.0 and up to 0.9, not 0.0"),
+        (["--demo", "--fold", "3"], "other pictures have none"),
+        (["--val-fraction", "0"], "--val-fraction must be above 0.0 and at most 0.9, not 0.0"),
     ),
 )
 def test_flags_that_do_not_go_together_are_a_usage_error(flags, told, capsys: pytest.CaptureFixture) -> None:
@@ -344,7 +344,7 @@ def test_two_classes_take_less_smoothing_than_ten(tmp_path: Path, empty_plots: N
     line = [*TINY, "--images", str(images), "--out", str(run), "--label-smoothing"]
     with pytest.raises(SystemExit) as ended:
         train.main([*line, "0.6"])
-    told = "smoothing over 2 classes is from 0 to 0.5, not 0.6"
+    told = "smoothing over 2 classes must be from 0 to 0.5, not 0.6"
     assert ended.value.code == 2 and told in capsys.readouterr().err and not run.exists()
     assert train.main([*line, "0.5"]) == 0
 

@@ -70,7 +70,7 @@ def test_tiff_whose_zero_is_white(tmp_path, kind, unit):
 
 @pytest.mark.parametrize("values", [[-5, 9], [0, 70_000]])
 def test_values_without_known_white_are_refused(tmp_path, values):
-    with pytest.raises(RunError, match="black and white are not known"):
+    with pytest.raises(RunError, match="black and white are unknown"):
         open_square(tiff(tmp_path / "a.tif", np.array([values] * 2, np.int32)), 2)
 
 

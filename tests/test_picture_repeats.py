@@ -22,7 +22,7 @@ def test_repeated_picture_within_a_class_counts_once(images: Path, capsys: pytes
     found = picture_folder.load(images, 32)
     assert found.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
     assert capsys.readouterr().out == (
-        f"1 picture(s) passed over that are there twice in a class: {images / 'leaf' / 'leaf9.png'}\n"
+        f"1 picture(s) passed over that are in a class twice: {images / 'leaf' / 'leaf9.png'}\n"
     )
 
 
@@ -88,7 +88,7 @@ def test_test_pictures_are_distinct_too(tmp_path: Path, capsys: pytest.CaptureFi
     sky = (tmp_path / "test" / "sky" / "sky0.png").read_bytes()
     (tmp_path / "test" / "sky" / "again.png").write_bytes(sky)
     assert picture_folder.load_test(tmp_path, 32)[0].labels.tolist() == [0, 0, 1, 1, 2, 2]
-    assert "1 picture(s) passed over that are there twice in a class" in capsys.readouterr().out
+    assert "1 picture(s) passed over that are in a class twice" in capsys.readouterr().out
     (tmp_path / "test" / "leaf" / "other.png").write_bytes(sky)
     with pytest.raises(RunError, match=r"test/leaf/other.png and .* are one picture in two classes"):
         picture_folder.load_test(tmp_path, 32)

@@ -77,7 +77,7 @@ def test_stages_follow_each_other():
     assert [(epoch.stage_index, epoch.number) for epoch in epochs] == [(0, 0), (0, 1), (2, 0), (2, 1), (2, 2)]
     assert all(epoch.stage is recipe.stages[epoch.stage_index] for epoch in epochs)
     assert recipe.epochs == 5
-    with pytest.raises(ValueError, match="no further"):
+    with pytest.raises(ValueError, match="no more epochs"):
         recipe.at(5)
 
 

@@ -219,7 +219,7 @@ def test_a_requeued_job_goes_on_also_with_overwrite(tmp_path: Path, small_demo, 
     (first,) = checkpoint.load(folder / "last.pt")["rows"]
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert trained(folder, "--overwrite") == 0
-    assert "SLURM has started this command again, so --overwrite is left out" in capsys.readouterr().out
+    assert "SLURM has restarted this command, so --overwrite is ignored" in capsys.readouterr().out
     assert checkpoint.load(folder / "last.pt")["rows"][0] == first  # its seconds too
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
     assert trained(folder, "--overwrite") == 0

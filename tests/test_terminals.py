@@ -61,7 +61,7 @@ def test_an_older_python_is_one_line(name: str) -> None:
     code = f"import runpy, sys; sys.version_info = (3, 10, 12); runpy.run_path('{name}.py', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
-    assert one_line(done.stderr) == "error: this needs Python 3.11 or newer, and here is 3.10; use another environment"
+    assert one_line(done.stderr) == "error: this needs Python 3.11 or newer, but this is 3.10; use another environment"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_tqdm_variables_that_tqdm_cannot_use(variable: str, value: str) -> None:
         command("predict", "--help"), env=os.environ | {variable: value}, capture_output=True, text=True
     )
     assert result.returncode == 1 and result.stdout == ""
-    assert f"{variable} (" in one_line(result.stderr) and "unset it" in result.stderr
+    assert f"{variable} from the environment (" in one_line(result.stderr) and "unset it" in result.stderr
 
 
 # a GPU that fails, and memory
@@ -190,7 +190,7 @@ def test_out_of_memory_is_recognised(error: BaseException, capsys: pytest.Captur
     assert errors.report(main) == 1
     said = one_line(capsys.readouterr().err)
     of_a_gpu = type(error) is torch.OutOfMemoryError or any(word in str(error) for word in ("CUDA", "CUDNN", "engine"))
-    assert ("the GPU has not enough memory" if of_a_gpu else "there is not enough memory") in said
+    assert ("the GPU does not have enough memory" if of_a_gpu else "there is not enough memory") in said
     assert ("--device cpu" in said) == of_a_gpu
 
 

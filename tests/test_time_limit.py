@@ -91,7 +91,7 @@ def test_a_limit_too_short_for_one_epoch_is_said(tmp_path: Path, small_demo, emp
     said = []
     for _ in range(4):
         train.main(argv)
-        said.append("more than --max-minutes 1e-09 leaves: one is made" in "".join(capsys.readouterr()))
+        said.append("more than --max-minutes 1e-09 leaves: one is run" in "".join(capsys.readouterr()))
     assert said == [False, True, True, True]
     train.main(argv)  # of a finished run nothing is expected
     assert "--max-minutes" not in "".join(capsys.readouterr())

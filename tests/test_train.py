@@ -158,7 +158,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda path: os.truncate(path, 0), "has 0 bytes, expected"),
     "short": (lambda path: os.truncate(path, path.stat().st_size - 1), "bytes, expected"),
     "long": (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "bytes, expected"),
-    "flipped": (flip, "is damaged or another file"),
+    "flipped": (flip, "is damaged or a different file"),
     "swapped": (swap, "bytes, expected"),
     "folder": (replace_by_folder, "is not a file"),
     "unreadable": (make_unreadable, "cannot read .*: Too many levels"),

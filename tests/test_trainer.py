@@ -201,7 +201,7 @@ def test_a_step_whose_compiler_fails_is_repeated_without_it(monkeypatch: pytest.
     plain, expected = trained()
     assert torch.equal(result.losses, expected.losses)
     assert torch.equal(floats(trainer.net.state_dict()), floats(plain.net.state_dict()))
-    assert len(machine.notes) == 1 and machine.notes[0].endswith("so it goes on uncompiled, slower: no compiler")
+    assert len(machine.notes) == 1 and machine.notes[0].endswith("so it goes on uncompiled and slower: no compiler")
 
 
 def test_gradients_of_a_step_that_failed_half_way_are_gone(monkeypatch: pytest.MonkeyPatch):

@@ -71,7 +71,7 @@ def test_the_users_own_pictures(given: bool, tmp_path: Path) -> None:
 def test_too_few_pictures_of_a_class(tmp_path: Path) -> None:
     folder = picture_folders.fill(tmp_path / "pictures", 5)
     recipe = dataclasses.replace(RECIPES["demo"], image_size=32, tune_fold=0)
-    with pytest.raises(errors.RunError, match="class apple has 4 pictures only; --tune-fold needs five"):
+    with pytest.raises(errors.RunError, match="class apple has only 4 pictures; --tune-fold needs five"):
         images.load_images(recipe, tmp_path, folder)
 
 
@@ -87,7 +87,7 @@ def test_it_excludes_what_else_says_which_images_train(other: str, capsys) -> No
         parse_train(["--tune-fold", "2", *other.split()])
     assert stop.value.code == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "--tune-fold and" in said and "exclude each other" in said
+    assert "--tune-fold and" in said and "cannot be combined" in said
 
 
 def test_the_run_folders_name() -> None:
