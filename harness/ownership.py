@@ -1,4 +1,4 @@
-"""Which files of a folder were written by a run or an evaluation: they alone are replaced or removed unasked."""
+"""Which files in a folder were written by a run or an evaluation: only those are replaced or removed unasked."""
 
 import contextlib
 import json
@@ -30,14 +30,14 @@ OVERWRITTEN = ".overwritten.pt"  # the state of a run that is being removed
 
 
 def require_no_other(folder: Path) -> None:
-    """Raise RunError if a folder without a run's state holds files of a run's names: nobody knows whose they are."""
+    """Raise RunError if a folder without a run's state holds files named like a run's: nobody knows whose they are."""
     killed_early = _is_config(folder / "config.json")
     names = [name for name in RUN_FILES if not (killed_early and name in BEFORE_FIRST_EPOCH)]
     found = [path.name for path in _matching(folder, names)]
     if found:
         raise RunError(
             f"{folder} holds {listed(found)}, but no run that can be continued "
-            "(last.pt); give another --out, or --overwrite, which removes what has a name of a run's files"
+            "(last.pt); give another --out, or --overwrite, which removes all files named like a run's"
         )
 
 
@@ -49,12 +49,12 @@ def _is_config(path: Path) -> bool:
 
 
 def overwriting(folder: Path) -> bool:
-    """Whether the removal of a run was begun here, and killed."""
+    """Whether removing a run was begun here, then killed."""
     return (folder / OVERWRITTEN).exists()
 
 
 def remove_run(folder: Path) -> None:
-    """Remove what a run, its evaluations and the count of its test scorings have left; exports are named and stay.
+    """Remove what a run, its evaluations and its count of test scorings have left; exports are named and stay.
 
     A kill midway leaves either a whole run, or a removal that the next call completes.
     """
@@ -77,7 +77,7 @@ def remove_run(folder: Path) -> None:
 def pictures_written(folder: Path) -> Sequence[str]:
     """The pictures of the evaluation whose report a folder holds; none where it holds none.
 
-    Raises RunError if there are a report or pictures that no evaluation wrote, and that one would replace.
+    Raises RunError if there is a report, or a picture, that no evaluation wrote and that one would replace.
     """
     try:
         report: Any = json.loads((folder / REPORT).read_text(encoding="utf-8"))
@@ -100,7 +100,7 @@ def require_own_report(folder: Path, networks: Iterable[TrainedNetwork]) -> None
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         entries = [*report["networks"], *report.get("against", {"networks": []})["networks"]]
         scored = [(member["checkpoint"], member["sha256"]) for entry in entries for member in entry["members"]]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # none, or not of these networks' kind
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # no report, or one of another form
         return
     paths, digests = zip(*((files.identity(network.file), network.sha256) for network in networks), strict=True)
     for path, digest in scored:

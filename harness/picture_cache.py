@@ -1,7 +1,7 @@
 """The squares of a folder's pictures, kept in one hidden file beside them, so that each picture is opened once.
 
 A kept square is reused for a picture whose file has the same size, times and inode as before (not on Windows, whose
-files have no time of change). Otherwise its bytes are hashed, and a square made from the same bytes is reused, whatever
+files have no change time). Otherwise its bytes are hashed, and a square made from the same bytes is reused, whatever
 their file was called. Only the rest are decoded.
 """
 
@@ -27,9 +27,9 @@ from harness.files import atomic_write
 from harness.picture_search import CACHE_PREFIX, named_in_full
 from harness.text import printable
 
-TRUSTS_STATUS = os.name != "nt"  # what Windows calls ctime is the time of creation, so there all files are hashed
+TRUSTS_STATUS = os.name != "nt"  # what Windows calls ctime is the creation time, so all files are hashed there
 MANY = 2000  # pictures: opening them takes a while
-VERSION = 2  # of what `picture_file.open_square` gives: squares kept by another version are not used
+VERSION = 2  # of what `picture_file.open_square` returns; squares kept by another version are not used
 
 
 class _Kept(NamedTuple):
@@ -46,7 +46,7 @@ class _Kept(NamedTuple):
 def squares(folder: Path, paths: Sequence[Path], size: int) -> Tensor:
     """The pictures `paths` below `folder` as uint8 (N, 3, size, size).
 
-    Raises RunError that names those that cannot be opened; the others are kept for the next time.
+    Raises a RunError naming those that cannot be opened; the others are kept for the next time.
     """
     file = folder / f"{CACHE_PREFIX}{size}px.npz"
     names = [path.relative_to(folder).as_posix() for path in paths]
@@ -86,7 +86,7 @@ def squares(folder: Path, paths: Sequence[Path], size: int) -> Tensor:
 
 
 def _joined(opened: _Kept, earlier: _Kept) -> _Kept:
-    """What has been opened, and what was kept earlier of other names: of use where the same bytes come again."""
+    """What has been opened, and what was kept earlier under other names: useful if the same bytes come again."""
     left = {name: row for row, name in enumerate(earlier.status) if name not in opened.status}
     return _Kept(
         opened.status | {name: earlier.status[name] for name in left},
@@ -107,7 +107,7 @@ def _keep(file: Path, size: int, squares: _Kept) -> None:
 
 def _read(file: Path, size: int) -> _Kept:
     """What is kept; nothing if there is no file, or only one of another version."""
-    # A damaged file raises anything from OSError to NotImplementedError, and is replaced like one that is not there.
+    # A damaged file raises anything from OSError to NotImplementedError, and is replaced like a missing one.
     with contextlib.suppress(Exception), np.load(file) as archive:  # a zip file, read with its checksums
         index = json.loads(str(archive["index"]))
         if (index["version"], index["size"]) == (VERSION, size):

@@ -1,4 +1,4 @@
-"""What suits a folder of the user's own pictures: views and batches of a recipe made for STL-10, unless given."""
+"""Fits a recipe made for STL-10 to a folder of the user's own pictures: its views and batches, unless given."""
 
 import dataclasses
 import math
@@ -9,8 +9,8 @@ from harness.cli import Runtime, usage_error
 from harness.text import counted
 from recipes import MOST_VIEWS, Recipe
 
-# For small sets: the views of a picture over the whole run beyond which nothing is gained, the steps below which there
-# are too few, and the smallest batch (docs/EXPERIMENTS.md, "Folders of few pictures").
+# For small sets: the views of a picture over the whole run beyond which nothing is gained, the fewest steps that are
+# enough, and the smallest batch (docs/EXPERIMENTS.md, "Folders of few pictures").
 MOST_PASSES = 500
 LEAST_STEPS = 600
 LEAST_BATCH = 32
@@ -18,14 +18,14 @@ UNEQUAL = 3  # times as many pictures in the largest class as in the smallest
 
 
 def fit_to_folder(recipe: Recipe, runtime: Runtime, split: Split) -> Recipe:
-    """The recipe for a folder of the user's own, fitted where nothing is given; says what was found and chosen."""
+    """The recipe, fitted to the user's own folder where nothing is given; prints what was found and chosen."""
     dataset, train, val = split
     print(picture_folder.summary(dataset.classes, dataset.labels, train, val))
     for name in ("split_seed", "val_fraction"):
         if dataset.given_split is not None and getattr(recipe, name) != getattr(Recipe, name):
             usage_error(f"--{name.replace('_', '-')} has no effect: {runtime.images} has its own val")
     if "recipe" in runtime.by_default:
-        print(f"recipe {recipe.name}, as none is given with --recipe")
+        print(f"recipe {recipe.name}, as no --recipe is given")
     if "views" in runtime.by_default:
         recipe = fit_views(recipe, len(train))
         views = recipe.views_per_image

@@ -16,7 +16,7 @@ from harness.picture_repair import repaired
 from harness.picture_search import NOT_DECODED
 from harness.text import printable
 
-# Exif's number for how a camera was held, and what turns the picture upright
+# Exif's tag for how the camera was held, and what turns the picture upright
 ORIENTATION = 0x0112
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -28,7 +28,7 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # of a TIFF
-# Pillow spreads the values of a PNG of few grey levels over 0 … 255, but not the one that is transparent
+# Pillow spreads the values of a PNG with few grey levels over 0 … 255, but not the transparent one
 SPREAD = {"L;2": 85, "L;4": 17}
 
 
@@ -38,13 +38,13 @@ def open_square(path: Path, size: int) -> Tensor:
     It is resampled once, bilinearly with antialiasing; a square already of that size keeps its exact pixels. Of an
     animation the first frame is taken; the Exif orientation is applied; transparent parts are put on white; 16 bits
     are scaled to 8 by their full range, not by their brightest pixel.
-    Raises RunError for a file that is missing, broken, no picture, or larger than Pillow's guard against decompression
-    bombs permits (89 million pixels).
+    Raises RunError for a file that is missing, broken, not a picture, or larger than Pillow's guard against
+    decompression bombs permits (89 million pixels).
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            warnings.simplefilter("ignore", UserWarning)  # of odd but harmless metadata
+            warnings.simplefilter("ignore", UserWarning)  # about odd but harmless metadata
             picture = _read(path)
         width, height = picture.size
         side = min(width, height)
@@ -57,7 +57,7 @@ def open_square(path: Path, size: int) -> Tensor:
             "decompression bombs: make it smaller"
         ) from error
     except UnidentifiedImageError as error:
-        raise RunError(f"{printable(path)} is not a picture, or of a kind that Pillow cannot open") from error
+        raise RunError(f"{printable(path)} is not a picture, or is of a kind that Pillow cannot open") from error
     except Exception as error:  # on broken files Pillow's readers raise anything from OSError to struct.error
         cause = "not enough memory" if is_out_of_memory(error) else reason(error)
         raise RunError(f"cannot read {printable(path)}: {cause}") from error
@@ -77,7 +77,7 @@ def _read(path: Path) -> Image.Image:
 
 
 def decode(file: Path | io.BytesIO) -> Image.Image:
-    """The pixels in RGB, upright; only of a kind that Pillow decodes by itself, whatever the file's name says."""
+    """The pixels in RGB, upright; only of kinds that Pillow decodes by itself, whatever the file is called."""
     with Image.open(file, formats=_decoded_kinds()) as image:
         _fit_transparent_value(image)
         image.load()
@@ -96,7 +96,7 @@ def _decoded_kinds() -> tuple[str, ...]:
 
 
 def _fit_transparent_value(image: Image.Image) -> None:
-    """A PNG states the value that is transparent in its own depth: bring it to the depth of Pillow's pixels."""
+    """A PNG states its transparent value at its own bit depth: convert it to the depth of Pillow's pixels."""
     value = image.info.get("transparency")
     if image.format != "PNG" or value is None or not image.tile:
         return
@@ -119,7 +119,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Map grey values of more than 8 bits to 0 … 255, and transparent ones to white.
 
-    In 16 bits white is 65535, however dark the picture. Files of 32 bits and of floats do not say what white is: it is
+    In 16 bits white is 65535, however dark the picture. Files of 32 bits or of floats do not say what white is: it is
     taken to be the smallest of 1, 255 and 65535 that no value exceeds. Raises ValueError for values above 65535, below
     0, or nan.
     """

@@ -1,6 +1,6 @@
-"""A data set of the user's own: a folder of pictures for each class, brought to squares once and loaded as one tensor.
+"""The user's own data set: a folder of pictures for each class, made into squares once and loaded as one tensor.
 
-`DIR/CLASS/…` is split by the recipe; a split that the folder itself states is taken as it is (see picture_split). What
+`DIR/CLASS/…` is split by the recipe; a split that the folder itself states is taken as is (see picture_split). What
 is read and what is passed over: docs/PICTURES.md.
 """
 
@@ -18,12 +18,12 @@ from harness.picture_search import PassedOver, named_in_full
 from harness.picture_split import visible_name
 from harness.text import listed, printable
 
-ALMOST_BLACK = 16  # of 255: no picture that a person can make out stays below
+ALMOST_BLACK = 16  # of 255: every picture that a person can make out reaches it
 SHOWN_CLASSES = 12
 
 
 class Listing(NamedTuple):
-    """The pictures below a folder of class folders, class after class; `labels` int64 (N,)."""
+    """The pictures below a folder of class folders, class by class; `labels` int64 (N,)."""
 
     folder: Path
     classes: tuple[str, ...]
@@ -35,7 +35,7 @@ def load(folder: Path, size: int) -> DataSet:
     """All pictures of a folder at `size` px; `given_split` is set where the folder itself splits them.
 
     Prints what is passed over, and what is odd. Raises RunError for fewer than two classes, a class without pictures,
-    a file that cannot be opened, and a picture that is there under two classes or in both train and val.
+    a file that cannot be opened, and a picture that is in two classes or in both train and val.
     """
     passed = PassedOver()
     layout = picture_split.find_layout(folder, passed)
@@ -75,7 +75,7 @@ def load_test(folder: Path, size: int) -> tuple[DataSet, DataSet | None]:
     leaks = [printable(path) for path, digest in zip(listing.paths, _digests(images), strict=True) if digest in known]
     if leaks:
         are, them = ("is", "it") if len(leaks) == 1 else ("are", "them")
-        raise RunError(f"{named_in_full(leaks)} {are} in train or val too, as the same pixels; take {them} out of test")
+        raise RunError(f"{named_in_full(leaks)} {are} in train or val too, pixel for pixel; take {them} out of test")
     return test, others
 
 
@@ -98,7 +98,7 @@ def _list(folder: Path, passed: PassedOver) -> Listing:
         found = f"only one class ({classes[0]})" if classes else "no class folders"
         found += f" but {len(loose):,} loose pictures" if loose and not classes else ""
         raise RunError(
-            f"{printable(folder)} holds {found}; it takes a folder of pictures for each of two or more classes"
+            f"{printable(folder)} holds {found}; it needs a folder of pictures for each of two or more classes"
         )
     pictures = [_pictures_of(name, members[name], passed) for name in classes]
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(paths) for paths in pictures]))
@@ -135,7 +135,7 @@ def _read(listings: list[Listing], size: int, announce: bool) -> DataSet:
     for listing in listings:
         try:
             squares.append(picture_cache.squares(listing.folder, listing.paths, size))
-        except RunError as error:  # the next part is opened all the same, so that everything is known and kept
+        except RunError as error:  # the next part is opened anyway, so that everything is known and kept
             broken.append(str(error))
     if broken:
         raise RunError("; ".join(broken))
@@ -170,7 +170,9 @@ def _distinct(images: Tensor, labels: Tensor, part: Tensor, paths: list[Path], a
             repeated.append(index)
         else:
             where = "train and val" if parts[other] != parts[index] else "two classes"
-            contradictions.append(f"{printable(paths[other])} and {printable(paths[index])} are one picture in {where}")
+            contradictions.append(
+                f"{printable(paths[other])} and {printable(paths[index])} are the same picture in {where}"
+            )
     if contradictions:
         raise RunError(f"{named_in_full(contradictions)}; take each out of one of them")
     if repeated and announce:
@@ -182,7 +184,7 @@ def _distinct(images: Tensor, labels: Tensor, part: Tensor, paths: list[Path], a
 
 
 def _name_the_dark(images: Tensor, paths: list[Path]) -> None:
-    """Pictures of fewer grey levels than their file has room for, such as 12 bits in 16, arrive almost black."""
+    """Pictures with fewer grey levels than their file has room for, such as 12 bits in 16, arrive almost black."""
     dark = (images.flatten(1).amax(1) < ALMOST_BLACK).nonzero()[:, 0].tolist()
     if dark:
         names = named_in_full([printable(paths[index]) for index in dark])
@@ -199,4 +201,4 @@ def summary(classes: tuple[str, ...], labels: Tensor, train: Tensor, val: Tensor
     if len(each) > SHOWN_CLASSES:
         low, high = min(counts[0]), max(counts[0])
         each = [*each[:SHOWN_CLASSES], f"… ({low:,} to {high:,} train)"]
-    return f"{len(classes):,} classes; {len(train):,} pictures train + {len(val):,} validate: {', '.join(each)}"
+    return f"{len(classes):,} classes; {len(train):,} train + {len(val):,} val pictures: {', '.join(each)}"

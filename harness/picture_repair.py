@@ -1,7 +1,7 @@
-"""Makes picture files readable whose pixels are whole but whose other parts are not, without touching the pixels.
+"""Makes picture files with whole pixels but other broken parts readable, without touching the pixels.
 
 Pillow refuses a PNG for broken metadata (a profile, a comment, a time) and a JPEG for its missing last two bytes. It
-could be made lenient as a whole, but would then show cut pictures, too, with grey where there is nothing.
+could be made lenient altogether, but would then also show cut-off pictures, with grey where data is missing.
 """
 
 import hashlib
@@ -15,18 +15,18 @@ import numpy as np
 from PIL import Image
 
 PNG_START = b"\x89PNG\r\n\x1a\n"
-PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # what decides the pixels
+PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # these decide the pixels
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
-MARK = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)  # of a segment; the others stand in or between pixels
+MARK = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)  # of a segment; the others occur in or between pixels
 SCAN = b"\xda"
-FRAMES = (0xC0, 0xC1, 0xC2)  # sequential and progressive, by Huffman's code
+FRAMES = (0xC0, 0xC1, 0xC2)  # sequential and progressive, Huffman-coded
 RESTARTS = re.compile(rb"\xff([\xd0-\xd7])")
 # different data for pixels that may be missing, without a byte that marks anything
 FILLINGS = tuple(hashlib.sha512(bytes([number])).digest().replace(b"\xff", b"\0") for number in range(4))
 
 
 def repaired(data: bytes, decode: Callable[[io.BytesIO], Image.Image]) -> Image.Image | None:
-    """The picture in a file that `decode` has refused, None if its pixels are not whole, or for another kind of file.
+    """The picture in a file that `decode` has refused; None if its pixels are not whole, or for another kind of file.
 
     Raises what `decode` raises.
     """
@@ -62,11 +62,11 @@ def _with_end(jpeg: bytes, decode: Callable[[io.BytesIO], Image.Image]) -> Image
 
 
 def _has_all_scans(jpeg: bytes) -> bool:
-    """Whether the scans that are begun state each coefficient of each component to its last bit.
+    """Whether the scans that have begun give each coefficient of each component to its last bit.
 
-    A progressive JPEG states them bit by bit over several scans, and is a picture, of poor quality, without the last.
+    A progressive JPEG gives them bit by bit over several scans; without the last it is still a picture, if a poor one.
     """
-    missing: dict[int, list[int]] = {}  # by component: bits of each coefficient that are not yet stated
+    missing: dict[int, list[int]] = {}  # by component: bits of each coefficient that are not yet given
     position = len(JPEG_START)
     while mark := MARK.search(jpeg, position):
         position = mark.start() + 2

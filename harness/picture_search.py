@@ -23,7 +23,7 @@ SYSTEM_FOLDERS = frozenset(
 )
 # formats that Pillow knows without decoding them, or only by running another program
 NOT_DECODED = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"))
-# pictures by their names all the same, should this Pillow not read them
+# pictures by their names, even if this Pillow cannot read them
 OTHER_PICTURES = frozenset(
     ".3fr .ai .arw .avif .avifs .cr2 .cr3 .crw .dcr .dng .emf .eps .erf .gpr .heic .heif .hif .iiq .jxl .kdc .mrw .nef "
     ".nrw .orf .pef .ps .raf .rw2 .rwl .sr2 .srf .srw .svg .webp .wmf .x3f".split()
@@ -40,11 +40,11 @@ LOOP = "link leads back to a folder above it"
 NOT_A_FILE = "neither a file nor a folder"
 OUTSIDE = "picture outside the class folders"
 NOT_READ = "picture of a kind that must be converted first"
-HARMLESS = (HIDDEN, SYSTEM, OTHER_KIND)  # what is passed over for another reason may be a picture
+HARMLESS = (HIDDEN, SYSTEM, OTHER_KIND)  # anything passed over for another reason may be a picture
 
 
 class PassedOver:
-    """What was passed over, by the reason."""
+    """What was passed over, by reason."""
 
     def __init__(self) -> None:
         self.paths: dict[str, list[Path]] = {}
@@ -68,12 +68,12 @@ class PassedOver:
         return lines
 
     def possible_pictures(self) -> list[tuple[Path, str]]:
-        """Those that may be pictures, or folders of them, each with the reason."""
+        """Those that may be pictures, or folders of them, each with its reason."""
         return [(path, why) for why, paths in self.paths.items() if why not in HARMLESS for path in sorted(paths)]
 
 
 def _kinds(paths: list[Path], why: str) -> str:
-    """How many of each suffix, of files that are passed over for their names."""
+    """How many have each suffix, for files passed over because of their names."""
     if why not in (OTHER_KIND, NOT_READ) or len(paths) == 1:
         return ""
     counts = Counter(path.suffix.lower() or "no suffix" for path in paths).most_common(SHOWN + 2)
@@ -81,7 +81,7 @@ def _kinds(paths: list[Path], why: str) -> str:
 
 
 def named_in_full(sentences: list[str]) -> str:
-    """The sentences joined into one. If that leaves some out, all are printed on stderr first, one a line."""
+    """The sentences joined into one. If that leaves some out, all are printed on stderr first, one per line."""
     if len(sentences) > MOST_LISTED:
         print(*sentences, sep="\n", file=sys.stderr)
     return listed(sentences)
@@ -89,7 +89,7 @@ def named_in_full(sentences: list[str]) -> str:
 
 @functools.cache
 def suffixes() -> frozenset[str]:
-    """Suffixes, in lower case, of the pictures that are looked for: all that Pillow decodes by itself."""
+    """Lower-case suffixes of the pictures to look for: all that Pillow decodes by itself."""
     known = Image.registered_extensions().items()
     return frozenset(name for name, kind in known if kind in Image.OPEN and kind not in NOT_DECODED) | {".mpo"}
 
@@ -99,14 +99,14 @@ def find(folder: Path, passed: PassedOver, above: Sequence[object] = ()) -> list
 
     `above`: the identities of folders that links must not lead back to either.
 
-    They are sorted by the composed characters of their names, alike on every system: the split and a data set's digest
-    depend on it.
+    They are sorted by the composed characters of their names, in the same way on every system: the
+    split and a data set's digest depend on it.
     """
     return sorted(_find(folder, [*above], passed), key=_order)
 
 
 def _order(path: Path) -> tuple[list[str], tuple[str, ...]]:
-    """Windows compares paths without case, and a Mac may decompose the letters of names."""
+    """Windows ignores case when it compares paths, and a Mac may decompose the letters of names."""
     return [unicodedata.normalize("NFC", part) for part in path.parts], path.parts
 
 
@@ -130,7 +130,7 @@ def look_into(folder: Path, passed: PassedOver) -> tuple[list[Path], list[Path]]
     folders, pictures = [], []
     for name in sorted(os.listdir(folder)):
         path = folder / name
-        if name.startswith((CACHE_PREFIX, f".{CACHE_PREFIX}")):  # whole or half written
+        if name.startswith((CACHE_PREFIX, f".{CACHE_PREFIX}")):  # finished or half written
             continue
         why, is_folder = _judge(path)
         if why is not None:

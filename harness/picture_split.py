@@ -33,7 +33,7 @@ class Layout(NamedTuple):
 
 
 class _Contents(NamedTuple):
-    """What lies in a folder, not below it; the folders by their visible names."""
+    """What lies directly in a folder; its folders by their visible names."""
 
     folders: dict[str, Path]
     pictures: list[Path]
@@ -45,7 +45,7 @@ def visible_name(path: Path) -> str:
 
 
 def part_by_name(name: str) -> str | None:
-    """Which of train, val and test a folder's name speaks of; None for none or several of them."""
+    """Which of train, val and test a folder's name means; None for none or several of them."""
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", unicodedata.normalize("NFKC", name))
     words = re.split(r"[\W\d_]+", words.casefold())
     words += [word.removesuffix(filler) for word in words for filler in FILLER]
@@ -56,8 +56,8 @@ def part_by_name(name: str) -> str | None:
 def find_layout(folder: Path, passed: PassedOver) -> Layout:
     """How a folder is laid out; folders beside a split go into `passed`.
 
-    Raises RunError where two folders claim one part, where a part is named but no class folders are in it, and where
-    folders look like a split without being named as one, or the other way round.
+    Raises RunError where two folders claim the same part, where a part is named but no class folders are in it, and
+    where folders look like a split without being named as one, or the other way round.
     """
     beside = PassedOver()
     inside = _contents(folder, beside)
@@ -74,7 +74,7 @@ def find_layout(folder: Path, passed: PassedOver) -> Layout:
     if len(set(split.values())) == 1 and foreign:
         raise RunError(
             f"{printable(first)} holds folders itself and is named as a part of a split, but {printable(min(foreign))} "
-            f"beside it is not: of a split, {AS_SPLIT}; of a class, put its pictures directly into its folder"
+            f"beside it is not: for a split, {AS_SPLIT}; for a class, put its pictures directly into its folder"
         )
     found: dict[str, Path] = {}
     for path, part in sorted(split.items()):
@@ -83,7 +83,7 @@ def find_layout(folder: Path, passed: PassedOver) -> Layout:
         found[part] = path
     for path in others:
         if parts[path] in ("train", "val") and parts[path] not in found:
-            raise RunError(f"{printable(path)} holds no class folders, as {printable(first)} does")
+            raise RunError(f"{printable(path)} holds no class folders, unlike {printable(first)}")
         passed.add("folder beside a split" if parts[path] is None else "part of a split without class folders", path)
     passed.update(beside)
     for path in inside.pictures:
@@ -92,7 +92,7 @@ def find_layout(folder: Path, passed: PassedOver) -> Layout:
 
 
 def _contents(folder: Path, passed: PassedOver | None = None) -> _Contents:
-    """A folder that cannot be read seems empty here; it is named when it is searched."""
+    """A folder that cannot be read seems empty here; it is reported when it is searched."""
     try:
         folders, pictures = look_into(folder, PassedOver() if passed is None else passed)
     except OSError:
@@ -125,7 +125,7 @@ def _refuse_loose_parts(contents: dict[Path, _Contents], parts: dict[Path, str |
 
 
 def _refuse_unnamed_split(folder: Path, contents: dict[Path, _Contents]) -> None:
-    """Raises RunError where folders are parts of a split by their content, or classes that are split each."""
+    """Raise RunError where folders are parts of a split by their content, or classes that are each split."""
     if len(contents) == 1:
         (path, inside), *_ = contents.items()
         if len(inside.folders) > 1 and not inside.pictures:
@@ -146,7 +146,7 @@ def _refuse_unnamed_split(folder: Path, contents: dict[Path, _Contents]) -> None
                 one, two, *_ = (name for name in inside.folders if first_with.get(name) == other)
                 raise RunError(
                     f"{printable(other)} and {printable(path)} both hold folders {one} and {two}, as the parts of a "
-                    f"split do: {AS_SPLIT}; of classes, put the pictures directly into their folders"
+                    f"split do: {AS_SPLIT}; for classes, put the pictures directly into their folders"
                 )
         for name in inside.folders:
             first_with.setdefault(name, path)

@@ -3,7 +3,7 @@
 Each function draws, saves a PNG at `path` (whole or not at all; RunError if it cannot) and returns the Figure.
 `rows` are dicts with the keys stage (from 1), epoch (from 1 over the whole run), train_loss, train_accuracy, val_loss
 and val_accuracy (accuracies 0 … 1; None where an epoch was not scored). Sizes suit a page of 800 px; colours are those
-of Okabe and Ito, which colour-blind people tell apart. pyplot, with its global state, is not used.
+of Okabe and Ito, which colour-blind people can tell apart. pyplot, with its global state, is not used.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,8 +26,8 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E0
 GREY = "#666666"
 CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, "#000000")
 DPI = 150
-SHEET_LETTERS = 112  # that fit side by side below the pictures of a sheet's row
-NAME_IN_TITLE = 60  # columns of a run's name: behind it come facts
+SHEET_LETTERS = 112  # that fit side by side below a row of a sheet's pictures
+NAME_IN_TITLE = 60  # columns of a run's name: facts come after it
 NAMED_RUNS = 16  # in a legend
 NAMED_CLASSES = 40  # along an axis of the confusion matrix
 WORST_CLASSES = 60  # bars
@@ -48,7 +48,7 @@ def accuracy(
 ) -> Figure:
     """Validation accuracy with its 95% Wilson interval, and training accuracy; best point labelled.
 
-    `val_images`: how many images each validation accuracy is of. `val_size`: their side in px in the last row.
+    `val_images`: how many images each validation accuracy is measured on. `val_size`: their side in px in the last row.
     `restarts`: epochs on the axis of the rows.
     """
     figure, axes = _canvas("epoch", "accuracy")
@@ -109,7 +109,7 @@ def learning_rate(
     restarts: Sequence[float] = (),
     stage_names: Sequence[str] = (),
 ) -> Figure:
-    """Learning rate on a logarithmic scale of four decades; one epoch, rate and stage (from 1) a point."""
+    """Learning rate on a logarithmic scale of four decades; one epoch, rate and stage (from 1) per point."""
     figure, axes = _canvas("epoch", "learning rate")
     peak = max(rates)
     axes.plot(epochs, rates, color=BLUE, lw=1.5, **_mark(epochs))
@@ -223,7 +223,7 @@ def reliability(
 ) -> Figure:
     """Accuracy over confidence, from equal bins of it (`metrics.reliability`), with the share of images in each.
 
-    `error`: the expected calibration error, 0 … 1, which the title gives.
+    `error`: the expected calibration error, 0 … 1, for the title.
     """
     count, confidence, share = (np.asarray(values, dtype=float) for values in (count, confidence, share))
     edges = np.linspace(0, 1, len(count) + 1)
@@ -268,7 +268,7 @@ def sample_sheet(path: Path, images: np.ndarray, titles: Sequence[str], *, colum
 
 
 def beside(name: str, words: str = "", columns: int = 8, before: str = "") -> str:
-    """A class name, shortened so that with `before` and `words` around it fits a line below a sheet's picture."""
+    """A class name, shortened so that with `before` and `words` around it fits on a line below a sheet's picture."""
     return before + shortened(printable(name), SHEET_LETTERS // columns - len(before + words)) + words
 
 
@@ -284,7 +284,7 @@ def _canvas(x_label: str, y_label: str, height: float = 4.5) -> tuple[Figure, Ax
 
 
 def _name(name: str, columns: int = 30) -> str:
-    """The name of a class or run as it is drawn: on one line, and shortened to so many columns."""
+    """The name of a class or run as it is drawn: on one line, and shortened to `columns`."""
     return plain(shortened(printable(name), columns))
 
 
@@ -300,7 +300,7 @@ def _column(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _mark(points: Sequence) -> dict:
-    """Points of their own for short runs, where a line alone shows little or (one epoch) nothing."""
+    """Markers for short runs, where a line alone shows little or (one epoch) nothing."""
     return {"marker": "o", "ms": 3} if len(points) <= 30 else {}
 
 

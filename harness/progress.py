@@ -20,9 +20,9 @@ from model import count_parameters
 from recipes import CPU, NO_LIMIT, Recipe, build_network
 
 COLD_STEPS = 5  # of an epoch: compilation, fresh memory
-CAPTURES = 150  # steps in which most orders of the four colour operations have come twice, and so been captured
-WARM_STEPS = 10  # after them, which are timed
-SOON, LONG, DATED = 60.0, 4 * 3600.0, 6 * 86400.0  # seconds; after the last, a weekday might be taken for a nearer one
+CAPTURES = 150  # steps after which most orders of the four colour operations have come up twice, and so been captured
+WARM_STEPS = 10  # after those; these are timed
+SOON, LONG, DATED = 60.0, 4 * 3600.0, 6 * 86400.0  # seconds; beyond the last, a weekday might be taken for a nearer one
 
 
 class Progress:
@@ -42,13 +42,13 @@ class Progress:
         self.samples_per_second, self.cold_seconds = 0.0, 0.0
         self._forecast_of: int | None = None  # the stage whose end has been announced
         self._compiled: set[tuple[int, int]] = set()  # sizes in px and batches
-        self._compile_seconds = 0.0  # as long as the last time
+        self._compile_seconds = 0.0  # as long as last time
 
     @contextlib.contextmanager
     def epoch(self, epochs_done: int, rows: Sequence[Mapping[str, Any]]) -> Iterator[Callable[[], None]]:
-        """Watch the epoch after `epochs_done` finished ones; what it yields is to be called after each step.
+        """Watch the epoch after `epochs_done` finished ones; call what it yields after each step.
 
-        The bar shows the last loss of `rows`, which is of the epoch before: it must not wait for the device.
+        The bar shows the last loss of `rows`, that of the epoch before: it must not wait for the device.
         """
         stage_index, stage, _, size, _ = self.recipe.at(epochs_done)
         steps = self.recipe.steps_per_epoch(stage, self.images)
@@ -87,7 +87,7 @@ class Progress:
         self.samples_per_second = steps * stage.batch / max(seconds - self.cold_seconds, 1e-9)
 
     def compile_seconds(self, epochs_done: int) -> float:
-        """Seconds to expect of compiling in the epoch after `epochs_done` finished ones: as long as last time, or 0."""
+        """Expected seconds of compiling in the epoch after `epochs_done` finished ones: as long as last time, or 0."""
         epoch = self.recipe.at(epochs_done)
         shape = (epoch.crop_size, epoch.stage.batch)
         return self._compile_seconds if self.form.compiles and shape not in self._compiled else 0.0

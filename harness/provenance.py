@@ -1,4 +1,4 @@
-"""Which code a run is of: its versions, as they stand in `config.json`."""
+"""Which code a run used: its versions, as recorded in `config.json`."""
 
 import contextlib
 import functools

@@ -33,9 +33,9 @@ def name(members: Sequence[TrainedNetwork]) -> str:
 
 
 def entry(members: Sequence[TrainedNetwork], split: str, results: list[Entry], shown: int, digest: str) -> Entry:
-    """All figures and notes of a network or an ensemble.
+    """All figures and notes for a network or an ensemble.
 
-    `shown` is the index of the result that the pictures show, `digest` that of the images and labels.
+    `shown` is the index of the result that the pictures show; `digest` is of the images and labels.
     """
     return {
         "name": name(members),
@@ -80,7 +80,7 @@ def _notes(members: Sequence[TrainedNetwork], split: str, results: list[Entry]) 
         notes.append("these images did not select the network")
     for member in members:
         if not member.selected and member.epoch < member.recipe.epochs:
-            notes.append(f"{member.file} is of epoch {member.epoch} of {member.recipe.epochs}, not of the last")
+            notes.append(f"{member.file} is from epoch {member.epoch} of {member.recipe.epochs}, not the last")
     if split == "val" and len(results) > 1:
         notes.append("the best of several sizes is selected on these images as well")
     if any(member.recipe.init for member in members):
@@ -94,7 +94,7 @@ def _notes(members: Sequence[TrainedNetwork], split: str, results: list[Entry]) 
     if results[0]["tta"] == "original":
         notes.append(
             f"scored as the original project did: {scoring.ORIGINAL_VIEWS} random views of each image, "
-            f"{results[0]['predictions']:,} in batches of {results[0]['batch']}, by the statistics of their batch; "
+            f"{results[0]['predictions']:,} in batches of {results[0]['batch']}, with the statistics of their batch; "
             "the interval counts images, not views"
         )
     return notes
@@ -116,7 +116,7 @@ def text(*sides: Sequence[Entry]) -> str:
         more = f" … ({len(classes)} in {REPORT})" if len(classes) > CLASSES_LISTED else ""
         lines.append(f"by class at {result['size']} px, worst first: {listed}{more}")
     for number, side in enumerate(sides):
-        which = "" if len(sides) == 1 else (" before --against", " behind it")[number]
+        which = "" if len(sides) == 1 else (" before --against", " after it")[number]
         for row in over_networks(side) if len(side) > 1 else []:
             lines.append(
                 f"accuracy {row['mean']:.1%} ± {row['standard_deviation']:.1%} at {row['size']} px "
@@ -156,7 +156,7 @@ def over_networks(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def pairs(networks: Sequence[Evaluation], against: Sequence[Evaluation]) -> list[Entry]:
-    """McNemar's test of networks and as many others, each pair scored on the same images, at each size."""
+    """McNemar's test of networks against as many others, each pair scored on the same images, at each size."""
     rows = []
     for index in range(len(networks[0].right)):
         ours, theirs = (torch.cat([each.right[index] for each in side]) for side in (networks, against))
@@ -181,7 +181,7 @@ def pairs(networks: Sequence[Evaluation], against: Sequence[Evaluation]) -> list
 
 
 def _gain(networks: Sequence[Evaluation], against: Sequence[Evaluation], index: int) -> Entry:
-    """By how much networks are more accurate than those that they are compared with: mean and standard deviation."""
+    """How much more accurate networks are than those they are compared with: mean and standard deviation."""
     right = zip((each.right[index] for each in networks), (each.right[index] for each in against), strict=True)
     gains = [(ours.double().mean() - theirs.double().mean()).item() for ours, theirs in right]
     spread = {"standard_deviation": statistics.stdev(gains)} if len(gains) > 1 else {}

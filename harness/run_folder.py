@@ -30,7 +30,7 @@ from recipes import Recipe, UnknownSettings, old_rules
 COLUMNS = (
     "stage",
     "epoch",
-    "lr",  # of the epoch's first step: with a warm-up 0 in the first epoch
+    "lr",  # of the epoch's first step: 0 in the first epoch if there is a warm-up
     "train_loss",
     "train_accuracy",
     "val_loss",
@@ -44,14 +44,14 @@ SECONDS_BETWEEN_PLOTS = 60.0
 class RunFolder:
     """The folder of a run. `rows` is the truth: CSV and plots are made from it and can always be made again.
 
-    Of several processes only the leader's writes and prints; in the others it loads the same state and counts epochs.
+    With several processes only the leader's writes and prints; in the others it loads the same state and counts epochs.
     """
 
     def __init__(
         self, folder: Path, recipe: Recipe, classes: tuple[str, ...], images: dict[str, Any], machine: Machine
     ) -> None:
         self.folder, self.recipe, self.classes, self.images, self.machine = folder, recipe, classes, images, machine
-        self.name = os.path.basename(os.path.realpath(folder))  # also of "."
+        self.name = os.path.basename(os.path.realpath(folder))  # even if given as "."
         self._title = shortened(self.name, plots.NAME_IN_TITLE)
         self.rows: list[dict[str, Any]] = []
         self._tensorboard: TensorBoardLog | None = None
@@ -104,13 +104,15 @@ class RunFolder:
             except UnknownSettings as error:
                 raise RunError(f"{self.folder / 'last.pt'} has {error}") from error
             except checkpoint.MISMATCH_ERRORS as error:
-                raise RunError(f"{self.folder / 'last.pt'} is not of a run; --overwrite starts over") from error
+                raise RunError(
+                    f"{self.folder / 'last.pt'} is not a run's checkpoint; --overwrite starts over"
+                ) from error
         elif self.machine.leads:
             ownership.require_no_other(self.folder)
         if damage:
             print(f"warning: {checkpoint.go_back(self.folder, state, damage)}", file=sys.stderr)
         if self.machine.leads:
-            files.remove_leftovers(self.folder, ownership.RUN_FILES)  # of a killed run; no other writes here now
+            files.remove_leftovers(self.folder, ownership.RUN_FILES)  # of a killed run; no other run writes here now
         if state is not None:
             self._finished_before = self.epochs_done == self.recipe.epochs
             self.machine.notes[:0] = [note for note in state.get("notes", []) if note not in self.machine.notes]
@@ -122,7 +124,7 @@ class RunFolder:
         return state
 
     def _keep_old_rules(self, state: dict[str, Any]) -> None:
-        """Change the recipe where the state is older than a setting and has followed another rule than its default."""
+        """Change the recipe where the state is older than a setting and has followed a rule other than its default."""
         kept = {name: rule for name, rule in old_rules(state["recipe"]).items() if getattr(self.recipe, name) != rule}
         if kept:
             self.recipe = dataclasses.replace(self.recipe, **kept)
@@ -151,7 +153,7 @@ class RunFolder:
         files.write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
 
     def require_finite(self, losses: Tensor, finite: bool, val_loss: float | None) -> None:
-        """Raise RunError that names the first number of an epoch that is not finite.
+        """Raise a RunError naming the first number of an epoch that is not finite.
 
         `losses`: one per step, (steps,). `finite`: whether weights, running statistics and optimiser values all are.
         """
@@ -185,7 +187,7 @@ class RunFolder:
         )
 
     def _where_settings_may_change(self) -> str:
-        """How to go on with another setting, where the folder holds a run that it may not change."""
+        """How to go on with another setting, where the folder holds a run whose settings may not change."""
         if not self.epochs_done:
             return ""
         start = f"--init {self.folder / 'last.pt'} starts from the weights of epoch {self.epochs_done}"
@@ -248,7 +250,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def _forgiven_if_open(self, name: str) -> Iterator[None]:
-        """Let a run go on where Windows refuses to replace a file that another program shows: it can be made again."""
+        """Let a run go on if Windows refuses to replace a file that another program has open: it can be made again."""
         try:
             yield
         except RunError as error:
@@ -278,7 +280,7 @@ class RunFolder:
         self._drawn = time.monotonic()
 
     def finish(self, net: torch.nn.Module) -> None:
-        """Draw the plots, write `summary.json` and print the result, of as many epochs as there are."""
+        """Draw the plots, write `summary.json` and print the result, for as many epochs as there are."""
         if not self.rows or not self.machine.leads:
             return
         self.draw()
@@ -322,13 +324,13 @@ class RunFolder:
 
 
 def best_row(rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The row of the highest validation accuracy, the first of equals; None without validation."""
+    """The row with the highest validation accuracy, the first if several tie; None without validation."""
     scored = (row for row in rows if row["val_accuracy"] is not None)
     return max(scored, key=lambda row: row["val_accuracy"], default=None)
 
 
 def _plain(value: Any) -> Any:
-    """A setting as JSON has it; paths are whole, so that the run's images are found from anywhere."""
+    """A setting in JSON's types; paths are absolute, so that the run's images are found from anywhere."""
     if isinstance(value, tuple):
         return [_plain(each) for each in value]
     return str(value.absolute()) if isinstance(value, Path) else value

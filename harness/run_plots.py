@@ -14,7 +14,7 @@ ON_SHEET = 32  # views
 
 
 def views(path: Path, heading: str, batch: Batch, classes: Sequence[str]) -> None:
-    """Draw the first views of a batch as the network sees them, each with its class, or two with their shares."""
+    """Draw the first views of a batch as the network sees them, each with its class, or with two and their shares."""
     shown = denormalise(batch.x[:ON_SHEET]).clamp(0, 1).cpu()
     mixed = zip(*(part[:ON_SHEET].tolist() for part in batch[1:]), strict=True)
     plots.sample_sheet(path, shown.numpy(), [_label(classes, *each) for each in mixed], heading=heading)
@@ -31,7 +31,7 @@ def _label(classes: Sequence[str], label: int, other: int, share: float) -> str:
 def curves(
     folder: Path, title: str, recipe: Recipe, rows: Sequence[Mapping[str, Any]], val_images: int
 ) -> dict[Path, Callable[[], None]]:
-    """What draws accuracy (where there is one), losses and learning rate of a run's rows into its folder."""
+    """Functions that draw a run's accuracy (if there is one), losses and learning rate into its folder, by path."""
     shared = {
         "title": title,
         "restarts": _restarts(recipe),
@@ -50,9 +50,9 @@ def curves(
 
 
 def _rates(recipe: Recipe) -> tuple[list[float], list[float], list[int]]:
-    """Of eight points an epoch: the epochs done, the learning rate, and the stage's number."""
+    """For eight points per epoch: the epochs done, the learning rate, and the stage's number."""
     points = [(done, eighth / 8, recipe.at(done)) for done in range(recipe.epochs) for eighth in range(8)]
-    moves = 1 if recipe.rate_by_step else 0  # a rate that changes with the epoch is that of its beginning
+    moves = 1 if recipe.rate_by_step else 0  # a rate that changes by epoch keeps its value from the epoch's start
     return (
         [done + part for done, part, _ in points],
         [recipe.learning_rate(epoch.stage, epoch.number + moves * part) for _, part, epoch in points],

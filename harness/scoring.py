@@ -15,12 +15,12 @@ from model import SMALLEST_INPUT
 
 ORIGINAL_VIEWS = 20  # of each validation image, see `original_logits`
 CROP = 7 / 8  # of the side
-# Pixels that are scored of an image, as a multiple of its own, for each of `recipes.TTA`.
+# Pixels scored per image, as a multiple of its own, for each of `recipes.TTA`.
 PIXELS = {"none": 1.0, "mirror": 2.0, "multi": 2 * (1 + 5 * CROP**2)}
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Bring uint8 images (N, 3, H, W) to float32 (N, 3, size, size) in [0, 1], bilinear with antialiasing."""
+    """Bring uint8 images (N, 3, H, W) to float32 (N, 3, size, size) in [0, 1], bilinearly with antialiasing."""
     pixels = images.float() / 255
     if pixels.shape[-2:] == (size, size):
         return pixels
@@ -49,7 +49,7 @@ def logits(
     if len(images) == 0:
         raise ValueError("there are no images to score")
     device = next((parameter.device for parameter in model.parameters()), images.device)
-    most = 96 if device.type == "cuda" else 144  # a small machine may not have the memory for as many large images
+    most = 96 if device.type == "cuda" else 144  # a small machine may not have the memory for that many large images
     batch = max(1, min(batch, batch * most**2 // size**2))
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -72,7 +72,7 @@ def tta_logits(
 ) -> Tensor:
     """`logits` averaged over the forms of each image that `recipes.TTA` names, the whole image at `size` px.
 
-    Crops are scored at their share of `size`, so that objects have the size that they have in the whole image.
+    Crops are scored at their share of `size`, so that objects are the same size as in the whole image.
     """
     parts = [(images, size)]
     if tta == "multi":
@@ -96,12 +96,12 @@ def original_logits(
     precision: torch.dtype | None = None,
     tick: Callable[[int], Any] = lambda views: None,
 ) -> tuple[Tensor, Tensor]:
-    """Score 20 random training views of each image by batch statistics, as the original project validated.
+    """Score 20 random training views of each image with batch statistics, as the original project validated.
 
-    uint8 images (N, 3, H, W); the views are the original's at `size` px, shuffled, and what does not fill the last
-    batch is dropped. Returns logits float32 (n, K) and the index of the image (n,) that each view shows. The running
+    uint8 images (N, 3, H, W); the views are the original's at `size` px, shuffled, and an incomplete last batch is
+    dropped. Returns logits float32 (n, K) and the index of the image (n,) that each view shows. The running
     statistics learn from the views too, in a copy of the model. `tick` is called with the number of views after each
-    batch. Raises ValueError where the views fill no batch.
+    batch. Raises ValueError where the views do not fill a batch.
     """
     steps = len(images) * ORIGINAL_VIEWS // batch
     if not steps:
@@ -109,7 +109,7 @@ def original_logits(
     model, options = copy.deepcopy(model).train(), ViewOptions()
     every = torch.arange(len(images))
     draws = draw_epoch(every, ORIGINAL_VIEWS, batch, options, (0,)).to(images.device)
-    index = every.to(images.device)  # in the place of labels
+    index = every.to(images.device)  # in place of labels
     scores = []
     for step in range(steps):
         rows = slice(step * batch, (step + 1) * batch)
@@ -123,6 +123,6 @@ def original_logits(
 def average(scores: list[Tensor]) -> Tensor:
     """Average several predictions: the log of their mean probabilities, from logits (N, K) each to logits (N, K).
 
-    Probabilities rather than logits are averaged, so that one confident mistake cannot outweigh all others.
+    Probabilities rather than logits are averaged, so that one confident mistake cannot outweigh all the others.
     """
     return torch.logsumexp(torch.stack(scores).log_softmax(-1), dim=0) - math.log(len(scores))

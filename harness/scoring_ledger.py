@@ -50,7 +50,7 @@ def warn(folders: Iterable[Path]) -> None:
         except OSError as error:
             raise RunError(
                 f"{folder} cannot be written ({reason(error)}), so a scoring on the test images could not be noted "
-                "there; copy the run to a folder that can be"
+                "there; copy the run to a writable folder"
             ) from error
         if before:
             times = "once" if len(before) == 1 else f"{len(before)} times"

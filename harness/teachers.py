@@ -42,9 +42,9 @@ class Teachers:
 def load_teachers(paths: Sequence[Path], dataset: DataSet, val: Tensor, data_dir: Path) -> dict[str, TrainedNetwork]:
     """The networks of run folders or checkpoints, on the CPU, as teachers of a run that validates on the images `val`.
 
-    Each under the digest that the student's recipe keeps of it (of its weights and statistics, all as loaded), in the
-    order of these: in whatever order the paths come, sums are the same.
-    Raises RunError for one that cannot be read, has other classes or was trained with other images than the `dataset`,
+    Each is keyed and sorted by the digest that the student's recipe keeps of it (of its weights and statistics, all as
+    loaded), so that sums are the same in whatever order the paths come.
+    Raises RunError for one that cannot be read, has other classes or was trained with images other than the `dataset`,
     may have learnt any of `val`, or is named twice.
     """
     teachers: dict[str, TrainedNetwork] = {}
@@ -81,18 +81,18 @@ def _require_fit(teacher: TrainedNetwork, dataset: DataSet, val: Tensor, data_di
         raise RunError(f"{refused}: it has other classes (not in both: {', '.join(differing)})")
     learnt, how = _learnt(teacher, dataset, data_dir)
     if learnt is None:
-        raise RunError(f"{refused}: it was trained with other images, and these may show what is validated on here")
+        raise RunError(f"{refused}: it was trained with other images, which may include this run's validation images")
     shared = int(learnt[val].sum())
     if shared:
         raise RunError(
-            f"{refused}: {how} {shared:,} of the {len(val):,} images that validate here; take one of this split"
+            f"{refused}: {how} {shared:,} of this run's {len(val):,} validation images; take one with the same split"
         )
 
 
 def notes_on_first_weights(network: TrainedNetwork, recipe: Recipe, split: Split, data_dir: Path) -> Iterator[str]:
-    """What to say of the network whose weights a run starts from, a sentence each.
+    """What to say about the network whose weights a run starts from, one sentence each.
 
-    Unlike a teacher it is not refused where it may have learnt what validates here, or has other classes.
+    Unlike a teacher it is not refused if it may have learnt the run's validation images, or has other classes.
     """
     classes, its_classes = split.dataset.classes, network.classes
     if its_classes != classes:
@@ -107,10 +107,10 @@ def notes_on_first_weights(network: TrainedNetwork, recipe: Recipe, split: Split
         learnt = None
     shared = 0 if learnt is None else int(learnt[split.val].sum())
     if shared:
-        images = f"{shared:,} of the {len(split.val):,} images that validate here"
-        yield f"--init {network.file}: {how} {images}, so their accuracy flatters"
+        images = f"{shared:,} of this run's {len(split.val):,} validation images"
+        yield f"--init {network.file}: {how} {images}, so accuracy on them is flattering"
     elif learnt is None and len(split.val) and set(its_classes) & set(classes):
-        yield f"--init {network.file}: it may have learnt images that validate here, as it was trained with others"
+        yield f"--init {network.file}: it may have learnt validation images of this run, as it was trained with others"
 
 
 def _learnt(network: TrainedNetwork, dataset: DataSet, data_dir: Path) -> tuple[Tensor | None, str]:

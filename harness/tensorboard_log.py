@@ -6,19 +6,19 @@ from typing import Any
 
 from harness.errors import RunError, reason
 
-SUFFIX = ".metrics"  # by which a run knows its own files among those of others
+SUFFIX = ".metrics"  # by which a run tells its own files from those of others
 EVENT_FILES = f"events.out.tfevents.*{SUFFIX}"
 
 
 class TensorBoardLog:
-    """Writes rows as scalars over the epoch. Raises RunError where the package is missing or cannot name the folder."""
+    """Writes rows as scalars over the epoch. Raises RunError if the package is missing or rejects the folder's name."""
 
     def __init__(self, folder: Path) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ModuleNotFoundError as error:
             raise RunError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
-        except Exception as error:  # an old one raises anything beside newer packages
+        except Exception as error:  # an old one can raise anything next to newer packages
             raise RunError(f"--tensorboard: {reason(error)}; pip install --upgrade tensorboard") from error
         try:
             str(folder).encode("utf-8")
@@ -28,7 +28,7 @@ class TensorBoardLog:
         self._writer: SummaryWriter | None = None
 
     def follow(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write the rows that are new since the last call; the first call starts over, so that no point is doubled."""
+        """Write the rows that are new since the last call; the first call starts over, so that no point repeats."""
         try:
             if self._writer is None:
                 for old in self._folder.glob(EVENT_FILES):
@@ -44,6 +44,6 @@ class TensorBoardLog:
         self._written = len(rows)
 
     def close(self) -> None:
-        """End the writer's thread, which would else live for as long as a notebook's kernel."""
+        """End the writer's thread, which would otherwise live as long as a notebook's kernel."""
         if self._writer is not None:
             self._writer.close()

@@ -1,4 +1,4 @@
-"""Text for people: tables, lengths of time, and names as they can be printed."""
+"""Text for people: tables, lengths of time, and names made printable."""
 
 from __future__ import annotations  # so that a Python too old for the rest gets as far as saying so
 
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 MOST_LISTED = 4
-ESCAPED = frozenset(("Cc", "Cs", "Cn", "Zl", "Zp"))  # control codes, surrogates, unassigned, separators of lines
+ESCAPED = frozenset(("Cc", "Cs", "Cn", "Zl", "Zp"))  # control codes, surrogates, unassigned, line separators
 DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # would turn the rest of a line
 
 
 def printable(name: Path | str) -> str:
     """A name as text for terminals, tables and files: escapes stand for bytes that are not UTF-8 and for control codes.
 
-    Python holds such bytes as lone surrogates, which can be neither printed nor written. Spaces of other kinds and the
+    Python holds such bytes as lone surrogates, which can be neither printed nor written. Other kinds of spaces and the
     joiners of some scripts stay, so that a name in a table is still that of its file.
     """
     return "".join(escape(c) if unicodedata.category(c) in ESCAPED or c in DIRECTIONS else c for c in str(name))
@@ -46,7 +46,7 @@ def width(text: str) -> int:
 
 
 def shortened(text: str, columns: int) -> str:
-    """The text, in at most so many columns: an ellipsis for its middle, as names often differ only at the end."""
+    """The text in at most `columns` columns: an ellipsis replaces its middle, as names often differ only at the end."""
     if width(text) <= columns:
         return text
     for kept in range(len(text) - 1, -1, -1):
@@ -69,12 +69,12 @@ def duration(seconds: float) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """A number of things, which are more than one unless the number is."""
+    """A number and its noun, in the plural unless the number is one."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names as a part of a sentence: at most MOST_LISTED of them."""
+    """Names as part of a sentence: at most MOST_LISTED of them."""
     first = names[: MOST_LISTED - 1]
     shown = [*names] if len(names) <= MOST_LISTED else [*first, f"{len(names) - len(first)} more"]
     return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)

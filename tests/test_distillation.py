@@ -253,11 +253,11 @@ def test_a_teacher_that_may_yet_change_is_said(tmp_path: Path, small_demo, capsy
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"split_seed": 1}, r"it has learnt \d+ of the 40 images that validate here"),
-        ({"train_on": "all", "images": {"train": 200, "val": 0}}, "it has learnt 40 of the 40 images"),
+        ({"split_seed": 1}, r"it has learnt \d+ of this run's 40 validation images"),
+        ({"train_on": "all", "images": {"train": 200, "val": 0}}, "learnt 40 of this run's 40 validation images"),
         ({"val_fraction": 0.4, "images": {"train": 120, "val": 80}}, None),
         ({"tune_fold": 0, "images": {"train": 120, "val": 40}}, None),
-        ({"init": "elsewhere.pt"}, "it began with the weights of elsewhere.pt, which may have learnt 40 of the 40"),
+        ({"init": "elsewhere.pt"}, "began with the weights of elsewhere.pt, which may have learnt 40 of this run's 40"),
         ({"teachers": ["0" * 16]}, None),
         ({"teachers": ["0" * 16], "split_seed": 1}, "its own teachers may have"),
         ({"teachers": ["0" * 16], "tune_fold": 0, "images": {"train": 120, "val": 40}}, "its own teachers may have"),
@@ -277,7 +277,7 @@ def test_who_may_teach(changes, sentence, tiny_run, tmp_path: Path, refused, cap
 
 
 def test_a_fold_of_the_training_images_needs_teachers_of_its_own(tiny_run, tmp_path: Path, refused) -> None:
-    assert "it has learnt 40 of the 40 images" in refused("--teacher", tiny_run, "--tune-fold", "0")
+    assert "it has learnt 40 of this run's 40 validation images" in refused("--teacher", tiny_run, "--tune-fold", "0")
     student = tmp_path / "all"  # no image validates: whoever has seen the data set may teach
     teacher = altered(tiny_run, tmp_path / "teacher", train_on="all", images={"train": 200, "val": 0})
     assert run(student, "--teacher", teacher, "--train-on", "all", "--epochs", "1", "0") == 0
@@ -287,10 +287,10 @@ def test_a_fold_of_the_training_images_needs_teachers_of_its_own(tiny_run, tmp_p
     "changes, sentence",
     [
         ({}, ""),
-        ({"split_seed": 1}, r"it has learnt \d+ of the 40 images that validate here, so their accuracy flatters"),
-        ({"init": "elsewhere.pt"}, r"it began with the weights of elsewhere.pt, which may have learnt 40 of the 40"),
-        ({"images": {"digest": "0" * 64}}, "may have learnt images that validate here, as it was trained with others"),
-        ({"fold": 3}, "may have learnt images that validate here, as it was trained with others"),
+        ({"split_seed": 1}, r"it has learnt \d+ of this run's 40 validation images, so accuracy on them is flattering"),
+        ({"init": "elsewhere.pt"}, "began with the weights of elsewhere.pt, which may have learnt 40 of this run's 40"),
+        ({"images": {"digest": "0" * 64}}, "learnt validation images of this run, as it was trained with others"),
+        ({"fold": 3}, "may have learnt validation images of this run, as it was trained with others"),
     ],
 )
 def test_what_first_weights_may_have_learnt_is_said(changes, sentence, tiny_run, tmp_path: Path, small_demo, capsys):
@@ -319,7 +319,7 @@ def test_first_weights_of_a_network_that_pools_and_of_other_classes(tmp_path: Pa
     (pictures / "sky").rename(pictures / "sea")
     classes, learnt = notes("renamed", "--init", tmp_path / "first")
     assert "its classes are others (apple, leaf and sky), so the last layer has to be learnt from scratch" in classes
-    assert "may have learnt images that validate here" in learnt
+    assert "may have learnt validation images of this run" in learnt
     (pictures / "apple").rename(pictures / "pear")
     (pictures / "leaf").rename(pictures / "tree")
     assert ["its classes are others" in note for note in notes("all-renamed", "--init", tmp_path / "first")] == [True]

@@ -263,7 +263,7 @@ def test_notes_tell_of_foreign_weights_and_unfinished_runs(tiny_run, altered, tm
     folder = altered(init="elsewhere.pt", stages=[{**stage, "epochs": 9} for stage in stages])
     assert run(folder, "--size", 32, "--out", tmp_path / "out") == 0
     said = capsys.readouterr().out
-    assert "began with another run's weights" in said and "is of epoch 4 of 18, not of the last" in said
+    assert "began with another run's weights" in said and "is from epoch 4 of 18, not the last" in said
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_several_from_within_a_run_folder_are_reported_beside_it(tiny_runs, tmp_
 def test_the_weights_of_a_stage_are_not_called_the_last_epochs(tiny_run, tmp_path, capsys):
     assert run(tiny_run / "stage1.pt", "--out", tmp_path) == 0
     said = capsys.readouterr().out
-    assert "these images did not select the network\n" in said and "is of epoch 3 of 4, not of the last" in said
+    assert "these images did not select the network\n" in said and "is from epoch 3 of 4, not the last" in said
 
 
 def test_images_are_scored_in_the_machines_precision(tiny_run, tmp_path):

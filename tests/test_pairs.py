@@ -171,7 +171,7 @@ def test_the_table_says_which_figure_and_which_side_is_which() -> None:
     means = "(mean and standard deviation of 2 networks"
     assert lines[5:] == [
         f"accuracy 60.0% ± 14.1% at 40 px {means} before --against)",
-        f"accuracy 30.0% ± 14.1% at 40 px {means} behind it)",
+        f"accuracy 30.0% ± 14.1% at 40 px {means} after it)",
     ]
 
 

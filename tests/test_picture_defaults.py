@@ -127,7 +127,7 @@ def test_what_is_found_and_chosen_is_said_and_stored(tmp_path, empty_plots, caps
     assert train.main(command) == 3
     said = capsys.readouterr().out.splitlines()
     assert said[:4] == [
-        "3 classes; 24 pictures train + 6 validate: apple 4 + 1, leaf 4 + 1, sky 16 + 4",
+        "3 classes; 24 train + 6 val pictures: apple 4 + 1, leaf 4 + 1, sky 16 + 4",
         f"{MOST_PASSES // 25} views of each picture an epoch, {MOST_PASSES * 24:,} in all; --views sets another number",
         "the classes are unequal: --balance draws each equally often",
         "always answering sky would be right on 66.7% of the validation pictures",
@@ -149,7 +149,7 @@ def test_recipe_by_default_is_said(tmp_path, empty_plots, capsys):
     )
     images = fill(tmp_path / "set", 5)
     assert train.main([*tiny, "--images", str(images), "--out", str(tmp_path / "run")]) == 0
-    assert "recipe cpu, as none is given with --recipe\n" in capsys.readouterr().out
+    assert "recipe cpu, as no --recipe is given\n" in capsys.readouterr().out
 
 
 def test_batches_by_default_are_said_and_stored(tmp_path, empty_plots, capsys):

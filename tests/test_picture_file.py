@@ -150,7 +150,7 @@ def test_no_other_program_is_started_whatever_a_file_is_called(tmp_path, monkeyp
     with Image.open(path) as image:
         assert image.format == "EPS"
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: pytest.fail("started"))
-    with pytest.raises(RunError, match="cat.jpg is not a picture, or of a kind that Pillow cannot open"):
+    with pytest.raises(RunError, match="cat.jpg is not a picture, or is of a kind that Pillow cannot open"):
         picture_file.open_square(path, 32)
 
 

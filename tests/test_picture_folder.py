@@ -235,7 +235,7 @@ def _one_picture(images: Path) -> None:
         (_absent, "cannot read the folder .*pictures: No such file"),
         (_one_class, r"pictures holds only one class \(apple\)"),
         (_empty_class, "class pear has no pictures"),
-        (_no_val, "pictures/train holds no class folders, as .*pictures/test does"),
+        (_no_val, "pictures/train holds no class folders, unlike .*pictures/test"),
         (_class_missing_in_val, "class leaf is in only one of .*train and .*val"),
         (_one_picture, "class pear has only one picture"),
     ),

@@ -45,7 +45,7 @@ def test_a_repeated_picture_goes_with_its_square(tmp_path: Path) -> None:
 def test_one_picture_in_two_classes_is_refused_with_both_names(images: Path) -> None:
     copy = images / "sky" / "other.png"
     Image.open(images / "leaf" / "leaf0.png").save(copy, compress_level=0)  # the same pixels in other bytes
-    with pytest.raises(RunError, match="are one picture in two classes") as refused:
+    with pytest.raises(RunError, match="are the same picture in two classes") as refused:
         picture_folder.load(images, 32)
     assert str(images / "leaf" / "leaf0.png") in str(refused.value) and str(copy) in str(refused.value)
 
@@ -54,7 +54,9 @@ def test_one_picture_in_train_and_val_is_refused(tmp_path: Path) -> None:
     fill(tmp_path / "train", 2)
     fill(tmp_path / "val", 2, start=500)
     (tmp_path / "val" / "sky" / "copy.png").write_bytes((tmp_path / "train" / "sky" / "sky0.png").read_bytes())
-    with pytest.raises(RunError, match=r"train/sky/sky0.png and .*val/sky/copy.png are one picture in train and val"):
+    with pytest.raises(
+        RunError, match=r"train/sky/sky0.png and .*val/sky/copy.png are the same picture in train and val"
+    ):
         picture_folder.load(tmp_path, 32)
 
 
@@ -63,7 +65,7 @@ def test_test_picture_that_was_trained_on_is_refused(tmp_path: Path) -> None:
         fill(tmp_path / name, 2, start=500 * start)
     assert len(picture_folder.load_test(tmp_path, 32)[0].labels) == 6
     (tmp_path / "test" / "sky" / "copy.png").write_bytes((tmp_path / "train" / "sky" / "sky0.png").read_bytes())
-    with pytest.raises(RunError, match=r"test/sky/copy.png is in train or val too, as the same pixels; take it out"):
+    with pytest.raises(RunError, match=r"test/sky/copy.png is in train or val too, pixel for pixel; take it out"):
         picture_folder.load_test(tmp_path, 32)
 
 
@@ -90,7 +92,7 @@ def test_test_pictures_are_distinct_too(tmp_path: Path, capsys: pytest.CaptureFi
     assert picture_folder.load_test(tmp_path, 32)[0].labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert "1 picture(s) passed over that are in a class twice" in capsys.readouterr().out
     (tmp_path / "test" / "leaf" / "other.png").write_bytes(sky)
-    with pytest.raises(RunError, match=r"test/leaf/other.png and .* are one picture in two classes"):
+    with pytest.raises(RunError, match=r"test/leaf/other.png and .* are the same picture in two classes"):
         picture_folder.load_test(tmp_path, 32)
 
 

@@ -138,7 +138,7 @@ def _flat_val(folder: Path) -> None:
         (_copies("set"), "holds only one folder, of folders: give --images .*set"),
         (_copies("set/train", "set/val"), "holds only one folder, of folders: give --images .*set"),
         (_class_first, "cat holds a split of its own .*train/CLASS, not CLASS/train"),
-        (_flat_val, "val holds no class folders, as .*train does"),
+        (_flat_val, "val holds no class folders, unlike .*train"),
     ],
 )
 def test_what_looks_like_a_split_is_refused_with_the_way_out(tmp_path, make, sentence):
@@ -180,9 +180,9 @@ def test_composed_and_decomposed_names_are_one_class(tmp_path, where, capsys):
 def test_summary_counts_each_class():
     labels = torch.tensor([0, 0, 0, 1, 1])
     found = picture_folder.summary(("cat", "dog"), labels, torch.tensor([0, 1, 3]), torch.tensor([2, 4]))
-    assert found == "2 classes; 3 pictures train + 2 validate: cat 2 + 1, dog 1 + 1"
+    assert found == "2 classes; 3 train + 2 val pictures: cat 2 + 1, dog 1 + 1"
     many = tuple(f"class{number:03}" for number in range(200))
     labels = torch.cat([torch.arange(200), torch.zeros(800, dtype=torch.int64)])
     found = picture_folder.summary(many, labels, torch.arange(1000), torch.arange(0))
-    assert found.startswith("200 classes; 1,000 pictures train + 0 validate: class000 801 + 0, class001 1 + 0, ")
+    assert found.startswith("200 classes; 1,000 train + 0 val pictures: class000 801 + 0, class001 1 + 0, ")
     assert found.endswith("class011 1 + 0, … (1 to 801 train)")
