@@ -49,8 +49,8 @@ def draw_whole(axes: Axes) -> None:
         "two Zen 5 cores": accuracy("metrics-zen5.csv"),
         "an H200": accuracy("metrics-h200.csv"),
     }
-    scored = [row for row in rows("scores.csv") if (row["protocol"], row["size"]) == ("original", "70")]
-    scored = [row for row in scored if not row["run"].startswith("tenth")]
+    by_protocol = [row for row in rows("scores.csv") if (row["protocol"], row["size"]) == ("original", "70")]
+    scored = [row for row in by_protocol if not row["run"].startswith("tenth")]
     theirs = {"color": GREY, "marker": "o", "ms": 4}
     axes.plot(*zip(*PUBLISHED.items(), strict=True), **theirs, label="the original, by its protocol (published)")
     for (machine, points), style in zip(
